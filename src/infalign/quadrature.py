@@ -1,0 +1,185 @@
+"""Integrals over [0, 1] of functions that gather all their mass at an end point.
+
+Everything is done in the logit coordinate t = log(u / (1 - u)): equal steps in t are ever finer steps in u towards both
+ends, so mass within 1e-15 of an end point is resolved with a few dozen elements, and 1 - u keeps its relative accuracy.
+Each element carries Gauss-Legendre nodes; elements are halved until the integral asked for has settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from infalign.errors import InputError
+
+Array = npt.NDArray[np.float64]
+
+ORDER = 10
+"""Gauss-Legendre nodes per element."""
+
+T_END = 46.0
+"""The mesh covers t in [-T_END, T_END]; the two ends left out are 1e-20 long in u."""
+
+_MAX_ELEMENTS = 40_000
+
+_nodes, _weights = np.polynomial.legendre.leggauss(ORDER)
+NODES: Array = np.asarray(_nodes, dtype=np.float64)
+WEIGHTS: Array = np.asarray(_weights, dtype=np.float64)
+
+
+def _cumulative_matrix() -> Array:
+    """A[j, k]: integral from -1 to node j of the k-th Lagrange polynomial on the nodes."""
+    values = np.polynomial.legendre.legvander(NODES, ORDER)
+    projection = (WEIGHTS[:, None] * values[:, :ORDER]).T * (np.arange(ORDER)[:, None] + 0.5)
+    integrals = np.empty((ORDER, ORDER))
+    integrals[:, 0] = NODES + 1.0
+    for degree in range(1, ORDER):
+        upper = values[:, degree + 1]
+        integrals[:, degree] = (upper - values[:, degree - 1]) / (2 * degree + 1)
+    return np.asarray(integrals @ projection, dtype=np.float64)
+
+
+CUMULATIVE: Array = _cumulative_matrix()
+
+
+def _lagrange_projection() -> Array:
+    """Maps values at the nodes to Legendre coefficients."""
+    values = np.polynomial.legendre.legvander(NODES, ORDER - 1)
+    return np.asarray((WEIGHTS[:, None] * values).T * (np.arange(ORDER)[:, None] + 0.5), dtype=np.float64)
+
+
+PROJECTION: Array = _lagrange_projection()
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Elements in the logit coordinate with their Gauss nodes.
+
+    Attributes:
+        lefts: Shape (E,), where each element begins, in t.
+        rights: Shape (E,), where it ends.
+    """
+
+    lefts: Array
+    rights: Array
+
+    @classmethod
+    def from_edges(cls, edges: Array) -> Mesh:
+        """Elements that touch, from their E + 1 edges."""
+        return cls(edges[:-1], edges[1:])
+
+    @property
+    def edges(self) -> Array:
+        """Shape (E + 1,); only for elements that touch."""
+        return np.append(self.lefts, self.rights[-1])
+
+    @cached_property
+    def half(self) -> Array:
+        """Half the element lengths in t, shape (E, 1)."""
+        return 0.5 * (self.rights - self.lefts)[:, None]
+
+    @cached_property
+    def t(self) -> Array:
+        """Nodes in t, shape (E, ORDER)."""
+        return 0.5 * (self.lefts + self.rights)[:, None] + self.half * NODES
+
+    @cached_property
+    def u(self) -> Array:
+        """Nodes in u, shape (E, ORDER)."""
+        return expit(self.t)
+
+    @cached_property
+    def jacobian(self) -> Array:
+        """Half element length times du/dt at the nodes: u (1 - u) without cancellation, shape (E, ORDER)."""
+        return self.half * self.u * expit(-self.t)
+
+    @cached_property
+    def weights(self) -> Array:
+        """Quadrature weights for integrals over u, shape (E, ORDER)."""
+        return self.jacobian * WEIGHTS
+
+    def integral(self, values: Array) -> float:
+        """The integral over u of a function given at the nodes."""
+        return float(np.sum(self.weights * values))
+
+    def cumulative(self, values: Array) -> tuple[Array, Array]:
+        """Integrals over u from 0, given a function at the nodes: at the nodes (E, ORDER) and at the edges (E + 1,)."""
+        scaled = self.jacobian * values
+        at_edges = np.concatenate([[0.0], np.cumsum(scaled @ WEIGHTS)])
+        return at_edges[:-1, None] + scaled @ CUMULATIVE.T, at_edges
+
+
+def expit(t: Array) -> Array:
+    """1 / (1 + exp(-t)) without overflow."""
+    small = np.exp(-np.abs(t))
+    return np.where(t >= 0, 1.0, small) / (1.0 + small)
+
+
+def logit(u: Array) -> Array:
+    """log(u / (1 - u)), held within the mesh."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(u) - np.log1p(-u), -T_END, T_END)
+
+
+def mesh_with_knots(knots: Array | None = None, spacing: float = 2.0) -> Mesh:
+    """A uniform mesh in t, with an element edge at every knot.
+
+    Args:
+        knots: Points of [0, 1] where an integrand is not smooth.
+        spacing: Longest element, in t.
+    """
+    edges = np.linspace(-T_END, T_END, int(np.ceil(2 * T_END / spacing)) + 1)
+    if knots is not None and knots.size:
+        inner = logit(np.asarray(knots, dtype=np.float64))
+        inner = np.unique(inner[np.abs(inner) < T_END - 1e-9])
+        merged = np.sort(np.concatenate([edges, inner]))
+        # Where a uniform edge nearly falls on a knot, the knot stays.
+        near = np.zeros(merged.shape, dtype=bool)
+        near[1:-1] = np.minimum(np.diff(merged)[:-1], np.diff(merged)[1:]) < 1e-3 * spacing
+        edges = merged[~near | np.isin(merged, inner)]
+    return Mesh.from_edges(np.asarray(edges, dtype=np.float64))
+
+
+def adapt(function: Callable[[Mesh], Array], mesh: Mesh, tolerance: float = 1e-13) -> tuple[Mesh, float]:
+    """Halve elements until the integral of a function over [0, 1] has settled.
+
+    Args:
+        function: Gives the integrand at the nodes of a mesh, shape (E, ORDER); it must not be negative.
+        mesh: Where to start.
+        tolerance: Change of an element's integral, relative to the whole, below which it is not halved again.
+
+    Returns:
+        The mesh and the integral.
+
+    Raises:
+        InputError: If the integral does not settle.
+    """
+    values = mesh.weights * function(mesh)
+    pieces, lefts, rights = values.sum(axis=1), mesh.lefts, mesh.rights
+    edges = [mesh.rights[-1:]]
+    elements, settled = pieces.size, 0.0
+    while pieces.size:
+        middles = 0.5 * (lefts + rights)
+        halves = Mesh(np.stack([lefts, middles], 1).ravel(), np.stack([middles, rights], 1).ravel())
+        parts = (halves.weights * function(halves)).sum(axis=1)
+        both = parts.reshape(-1, 2).sum(axis=1)
+        total = settled + float(both.sum())
+        if not np.isfinite(total):
+            raise InputError("the integrand is not finite", where="integral over [0, 1]")
+        done = np.abs(both - pieces) <= tolerance * max(total, 1e-300)
+        settled += float(both[done].sum())
+        edges.append(lefts[done])
+        again = np.repeat(~done, 2)
+        pieces, lefts, rights = parts[again], halves.lefts[again], halves.rights[again]
+        elements += int((~done).sum())
+        if elements > _MAX_ELEMENTS or (pieces.size and float((rights - lefts).min()) < 1e-12):
+            raise InputError(
+                "the integral did not settle",
+                where="integral over [0, 1]",
+                mend="The function has a jump or a singularity inside [0, 1]: give it as a knot or smooth it",
+            )
+    return Mesh.from_edges(np.sort(np.concatenate(edges))), settled
