@@ -109,9 +109,7 @@ def preference_pairs(examples: Sequence[Example], seed: int, *, per_example: int
     """
     if per_example < 1:
         raise InputError(f"per_example must be at least 1, not {per_example}", where="preference_pairs")
-    parts: dict[bool, list[Example]] = {
-        held_out: [e for e in examples if e.held_out == held_out] for held_out in (0, 1)
-    }
+    parts: dict[bool, list[Example]] = {side: [e for e in examples if e.held_out == side] for side in (False, True)}
     siblings: dict[tuple[bool, str], list[Example]] = defaultdict(list)
     for example in examples:
         siblings[example.held_out, _module_of(example)].append(example)

@@ -12,16 +12,13 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -32,7 +29,6 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from transformers.utils import logging as transformers_logging
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -40,8 +36,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from infalign.errors import InputError, StorageError, TrainingError
 from infalign.testbed.examples import Example, Pair
+from infalign.testbed.quiet import quiet
+from infalign.testbed.tokenizer import train_tokenizer
 
-PAD_TOKEN, EOS_TOKEN = "<|pad|>", "<|end|>"
 METRICS_FILE = "metrics.json"
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
@@ -147,49 +144,6 @@ class RewardResult:
     held_out_accuracy_by_kind: dict[str, float]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: every text is representable, so there is no unknown token.
-
-    It adds no special tokens by itself, pads on the left (for generation) and has distinct pad and end tokens.
-
-    Args:
-        texts: Texts to learn merges from.
-        vocab_size: Upper limit of the vocabulary, at least 258 (256 bytes, pad, end).
-        max_length: Stored as `model_max_length`.
-
-    Returns:
-        The tokenizer; `save_pretrained` writes an ordinary folder.
-
-    Raises:
-        InputError: If `vocab_size` is under 258.
-    """
-    if vocab_size < 258:
-        raise InputError(
-            f"a vocabulary of {vocab_size} cannot hold 256 bytes and two special tokens", where="vocab_size"
-        )
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.train_from_iterator(
-        texts,
-        BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[PAD_TOKEN, EOS_TOKEN],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        padding_side="left",
-        truncation_side="left",
-        clean_up_tokenization_spaces=False,
-        **({} if max_length is None else {"model_max_length": max_length}),
-    )
-
-
 def train_reference(
     examples: Sequence[Example],
     out_dir: str | os.PathLike[str],
@@ -223,7 +177,7 @@ def train_reference(
     held_out = [example for example in examples if example.held_out]
     if not train:
         raise InputError("no example to train on", where="train_reference", mend="Give some that are not held out")
-    with _quiet(), _complete_folder(Path(out_dir)) as folder:
+    with quiet(), _complete_folder(Path(out_dir)) as folder:
         tokenizer = train_tokenizer(
             (e.prompt + e.completion for e in train), spec.vocab_size, max_length=spec.max_length
         )
@@ -295,7 +249,7 @@ def train_reward_model(
         raise InputError("no pair to train on", where="train_reward_model", mend="Give some that are not held out")
     if not (Path(reference_dir) / "config.json").is_file():
         raise StorageError("not a model folder", where=str(reference_dir), mend="Train the reference first")
-    with _quiet(), _complete_folder(Path(out_dir)) as folder:
+    with quiet(), _complete_folder(Path(out_dir)) as folder:
         tokenizer = AutoTokenizer.from_pretrained(reference_dir)
         tokenizer.model_max_length = spec.max_length
         tokenizer.truncation_side = "left"
@@ -322,7 +276,7 @@ def train_reward_model(
                 max_length=None,  # cut already: the trainer would drop what is too long without a word
             ),
             train_dataset=Dataset.from_list(
-                [{k: row[k] for k in ("chosen_ids", "rejected_ids")} for row in train_rows]
+                [{k: row[k] for k in ("chosen_ids", "rejected_ids", "length")} for row in train_rows]
             ),
             processing_class=tokenizer,
             callbacks=[_Reporter(progress)],
@@ -361,6 +315,7 @@ def _pair_row(tokenizer: Any, pair: Pair, max_length: int) -> dict[str, Any]:
     return {
         "chosen_ids": chosen_ids[-max_length:],
         "rejected_ids": rejected_ids[-max_length:],
+        "length": max(len(chosen_ids), len(rejected_ids)),  # what the trainer groups by
         "truncated": max(len(chosen_ids), len(rejected_ids)) > max_length,
     }
 
@@ -519,17 +474,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' own notes and bars off the screen; the caller is told by `progress`."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
