@@ -183,3 +183,35 @@ def adapt(function: Callable[[Mesh], Array], mesh: Mesh, tolerance: float = 1e-1
                 mend="The function has a jump or a singularity inside [0, 1]: give it as a knot or smooth it",
             )
     return Mesh.from_edges(np.sort(np.concatenate(edges))), settled
+
+
+class Antiderivative:
+    """The integral from 0 to u of a function given at the nodes of a mesh, evaluated anywhere.
+
+    Args:
+        mesh: Elements that touch.
+        values: The function at the nodes, shape (E, ORDER).
+    """
+
+    def __init__(self, mesh: Mesh, values: Array) -> None:
+        scaled = mesh.jacobian * values
+        self.mesh = mesh
+        self.at_edges: Array = np.concatenate([[0.0], np.cumsum(scaled @ WEIGHTS)])
+        self._edges = mesh.edges
+        self._coefficients = scaled @ PROJECTION.T
+
+    def __call__(self, t: Array) -> Array:
+        """The integral up to u = expit(t); any shape, t within the mesh."""
+        flat = t.ravel()
+        element = np.clip(np.searchsorted(self._edges, flat, side="right") - 1, 0, self._edges.size - 2)
+        left, right = self._edges[element], self._edges[element + 1]
+        x = (2.0 * flat - left - right) / (right - left)
+        coefficients = self._coefficients[element]
+        # ∫ P_k from -1 to x is (P_{k+1} - P_{k-1}) / (2k+1), and x + 1 for k = 0.
+        result = self.at_edges[element] + coefficients[:, 0] * (x + 1.0)
+        before, current = np.ones_like(x), x
+        for degree in range(1, ORDER):
+            following = ((2 * degree + 1) * x * current - degree * before) / (degree + 1)
+            result += coefficients[:, degree] * (following - before) / (2 * degree + 1)
+            before, current = current, following
+        return result.reshape(t.shape)
