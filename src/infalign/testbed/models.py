@@ -273,6 +273,7 @@ def train_reward_model(
             model=model,
             args=RewardConfig(
                 **_common_arguments(folder, spec.epochs, spec.batch_size, spec.learning_rate, len(train), seed),
+                remove_unused_columns=False,  # "length" is for the sampler
                 max_length=None,  # cut already: the trainer would drop what is too long without a word
             ),
             train_dataset=Dataset.from_list(
