@@ -1,4 +1,4 @@
-"""The optimal transform of a procedure (M9): what to reward so that the procedure's win rate is as high as it can be."""
+"""The optimal transform of a procedure (M9): what to reward so that the procedure wins as often as it can."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def optimal_transform(
     Args:
         procedure: What is done with the aligned policy.
         beta: KL coefficient, in units of win rate per nat.
-        opponent: What is done with the reference; the same procedure if None (each part of a mixture then meets itself).
+        opponent: What is done with the reference; the same procedure if None (a mixture's parts then meet themselves).
 
     Returns:
         The transform, the policy it leads to, its KL and its win rates.
@@ -141,7 +141,7 @@ def _tabulate(solution: Solution, name: str) -> Tabulated:
     values, slopes = exact(u)
     for _ in range(12):
         step = np.diff(u)
-        # Halved in t, the solver's coordinate, so that intervals keep shrinking in proportion to the distance to an end.
+        # Halved in t, the solver's coordinate: intervals shrink in proportion to their distance to an end.
         middle_t = 0.5 * (np.maximum(logit(u[:-1]), -_TABLE_T) + np.minimum(logit(u[1:]), _TABLE_T))
         middle = expit(middle_t)
         inside = (middle > u[:-1]) & (middle < u[1:])

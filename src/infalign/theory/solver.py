@@ -99,8 +99,11 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
 
 def _follow(objective: Objective, beta: float) -> Solution:
     """Continuation in β from where the problem is easy."""
-    current = max(10.0, beta)
-    found = _solve_from(objective, current, _first_mesh(objective), lambda mesh: mesh.u)
+    mesh = _first_mesh(objective)
+    # Where β exceeds the range of R at the reference, the solution is close to the reference.
+    span = mesh.integral(objective.reward_slope(mesh.u, objective.opponent_densities(mesh.u)))
+    current = max(span, beta)
+    found = _solve_from(objective, current, mesh, lambda mesh: mesh.u)
     factor = 10.0
     while found is not None and current > beta:
         target = max(current / factor, beta)
@@ -162,8 +165,7 @@ def _newton(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array
     """Damped Newton for F = 𝒢(F) on a fixed mesh."""
     image = _image(objective, beta, mesh, opponents, cdf)
     for _ in range(_MAX_STEPS):
-        if image.residual < _NEWTON_TOLERANCE:
-            return image
+        converged = image.residual < _NEWTON_TOLERANCE
         try:
             step = _newton_step(objective, beta, mesh, opponents, cdf, image)
         except np.linalg.LinAlgError:
@@ -174,10 +176,15 @@ def _newton(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array
             following = _image(objective, beta, mesh, opponents, trial)
             if following.residual < (1.0 - 0.1 * length) * image.residual:
                 break
+            if converged:
+                return image
             length *= 0.5
             if length < 1e-3:
                 noise = _noise(objective, beta, mesh, opponents, image)
                 return image if image.residual < max(100 * _NEWTON_TOLERANCE, noise) else None
+        if converged:
+            # One step beyond the tolerance costs little and squares what is left: R is far more sensitive than F.
+            return following
         cdf, image = trial, following
     return None
 
@@ -230,8 +237,8 @@ def _solve_banded(band: Array, right: Array) -> Array:
 
 
 def _noise(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array], image: _Image) -> float:
-    """What rounding alone does to F: F and R are known to a few units of 1e-16, and R enters divided by β."""
-    sensitivity = mesh.integral(np.abs(objective.reward_slope_by_cdf(image.cdf, opponents)))
+    """What rounding alone does to F: F is known to a relative 1e-16, R' follows it, and R is divided by β."""
+    sensitivity = mesh.integral(image.cdf * np.abs(objective.reward_slope_by_cdf(image.cdf, opponents)))
     return 8.0 * np.finfo(np.float64).eps * (1.0 + (sensitivity + float(image.reward[-1, -1])) / beta)
 
 
