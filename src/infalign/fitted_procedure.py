@@ -1,0 +1,209 @@
+"""FittedProcedure: the distortion of a black-box procedure, from what it returned when run on the reference.
+
+Run any procedure (a cheaper verifier that chooses, beam search, controlled decoding) on the reference, calibrate the
+rewards of its outputs: their ranks are a sample from H itself, because the reference's F is the identity. H is fitted
+by maximum likelihood as a mixture of order statistics of M samples, k-th of M with weight w_k: smooth, monotone, exact
+for Best-of-N and every other order statistic with N <= M, and readable ("behaves like 8th of 8 with probability 0.7").
+M is chosen by cross-validated likelihood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
+
+from infalign.errors import InputError
+from infalign.procedures import InferenceProcedure
+
+Array = npt.NDArray[np.float64]
+
+
+class _Special(Protocol):
+    """The SciPy functions used here, with their types (SciPy ships none)."""
+
+    betaln: Callable[[Any, Any], Array]
+    gammaln: Callable[[Any], Array]
+    xlogy: Callable[[Any, Any], Array]
+    xlog1py: Callable[[Any, Any], Array]
+
+
+_special = cast(_Special, _scipy_special)
+
+_DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_FOLDS = 5
+_MAX_BINS = 1024
+
+
+@dataclass(frozen=True)
+class FittedProcedure(InferenceProcedure):
+    """A black-box procedure as a mixture of order statistics; usually made by `from_ranks`.
+
+    Args:
+        weights: w_1..w_M, not negative, summing to 1: the weight of "k-th smallest of M".
+        num_samples: How many ranks it was fitted to, for its uncertainty.
+    """
+
+    weights: tuple[float, ...]
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        weights = tuple(float(weight) for weight in self.weights)
+        if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+            raise InputError("a weight is negative or not finite, or there is none", where="FittedProcedure")
+        total = math.fsum(weights)
+        if abs(total - 1.0) > 1e-6:
+            raise InputError(f"the weights sum to {total:g}", where="FittedProcedure", mend="Make them sum to 1")
+        if self.num_samples < 1:
+            raise InputError(f"num_samples = {self.num_samples!r} is less than 1", where="FittedProcedure")
+        object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
+        object.__setattr__(self, "num_samples", int(self.num_samples))
+
+    @classmethod
+    def from_ranks(cls, ranks: npt.ArrayLike, *, num_ref: int | None = None, seed: int = 0) -> FittedProcedure:
+        """Fit H to the calibrated rewards of a procedure's outputs on the reference.
+
+        Args:
+            ranks: Any shape: one calibrated reward in [0, 1] per output, best from many prompts.
+            num_ref: K, if the ranks were calibrated with K reference rollouts: the noise of such ranks is then part of
+                the likelihood (beta-binomial) and not mistaken for randomness of the procedure.
+            seed: Of the cross-validation's folds.
+
+        Raises:
+            InputError: If there are fewer than 20 ranks, or one is NaN or outside [0, 1].
+        """
+        values = np.asarray(ranks, dtype=np.float64).ravel()
+        if values.size < 20:
+            raise InputError(f"{values.size} ranks are too few", where="from_ranks", mend="Give at least 20")
+        if not (values.min() >= 0.0 and values.max() <= 1.0):
+            raise InputError("a rank is NaN or outside [0, 1]", where="from_ranks", mend="Calibrate the rewards first")
+        fold = np.random.default_rng(seed).permutation(values.size) % _FOLDS
+        scores: list[float] = []
+        degrees = [degree for degree in _DEGREES if degree <= max(values.size // 5, 1)]
+        for degree in degrees:
+            held_out = 0.0
+            for part in range(_FOLDS):
+                weights = _fit(values[fold != part], degree, num_ref)
+                held_out += float(np.log(_likelihood(values[fold == part], degree, num_ref) @ weights + 1e-300).sum())
+            scores.append(held_out)
+            if len(scores) >= 4 and max(scores[-3:]) < max(scores[:-3]) - 2.0:
+                break  # more order statistics only fit noise from here on
+        weights = _fit(values, degrees[int(np.argmax(scores))], num_ref)
+        return cls(tuple(weights.tolist()), values.size)
+
+    def distortion(self, q: npt.ArrayLike) -> Array:
+        """H(q) = sum_k w_k I_q(k, M-k+1)."""
+        return np.minimum(_bernstein(np.concatenate([[0.0], np.cumsum(self.weights)]), q), 1.0)
+
+    def density(self, q: npt.ArrayLike) -> Array:
+        """h(q), a mixture of Beta(k, M-k+1) densities."""
+        return len(self.weights) * _bernstein(np.asarray(self.weights), q)
+
+    def density_slope(self, q: npt.ArrayLike) -> Array:
+        """h'(q)."""
+        degree = len(self.weights)
+        if degree == 1:
+            return np.zeros_like(np.asarray(q, dtype=np.float64))
+        return degree * (degree - 1) * _bernstein(np.diff(self.weights), q)
+
+    @property
+    def label(self) -> str:
+        """The name in tables."""
+        return f"fitted ({len(self.weights)} order statistics, {self.num_samples} ranks)"
+
+    def standard_error(self, q: npt.ArrayLike) -> Array:
+        """The sampling error of H(q), sqrt(H (1-H) / num_samples): that of the plain empirical CDF, so conservative."""
+        level = self.distortion(q)
+        return np.sqrt(level * (1.0 - level) / self.num_samples)
+
+    def confidence_band(self, q: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
+        """A band that holds the true H everywhere with the given confidence (Dvoretzky-Kiefer-Wolfowitz-Massart).
+
+        Args:
+            q: Points in [0, 1].
+            level: Confidence, between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise InputError(f"level = {level!r} is not between 0 and 1", where="confidence_band")
+        margin = math.sqrt(math.log(2.0 / (1.0 - level)) / (2.0 * self.num_samples))
+        centre = self.distortion(q)
+        return np.maximum(centre - margin, 0.0), np.minimum(centre + margin, 1.0)
+
+    def bootstrap(self, count: int, seed: int = 0) -> list[FittedProcedure]:
+        """Refits to fresh samples from this fit: put each through `plan` to see what the uncertainty does to it.
+
+        Args:
+            count: How many.
+            seed: Of the samples.
+        """
+        rng = np.random.default_rng(seed)
+        degree = len(self.weights)
+        refits: list[FittedProcedure] = []
+        for _ in range(count):
+            k = rng.choice(degree, size=self.num_samples, p=self.weights) + 1
+            ranks = rng.beta(k, degree - k + 1)
+            refits.append(FittedProcedure(tuple(_fit(ranks, degree, None).tolist()), self.num_samples))
+        return refits
+
+    def to_dict(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"kind": "fitted", "weights": list(self.weights), "num_samples": self.num_samples}
+
+
+def _bernstein(coefficients: Array, q: npt.ArrayLike) -> Array:
+    """sum_j c_j binom(d, j) q^j (1-q)^(d-j) with d = len(c) - 1."""
+    points = np.asarray(q, dtype=np.float64)
+    if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
+        raise InputError("values outside [0, 1], or NaN", where="FittedProcedure", mend="Give ranks in [0, 1]")
+    degree = coefficients.size - 1
+    j = np.arange(degree + 1, dtype=np.float64)
+    log_binomials = _special.gammaln(degree + 1.0) - _special.gammaln(j + 1.0) - _special.gammaln(degree - j + 1.0)
+    flat = points.reshape(-1, 1)
+    basis = np.exp(log_binomials + _special.xlogy(j, flat) + _special.xlog1py(degree - j, -flat))
+    return (basis @ coefficients).reshape(points.shape)
+
+
+def _likelihood(ranks: Array, degree: int, num_ref: int | None) -> Array:
+    """Density of every rank under "k-th of `degree`", shape (len(ranks), degree)."""
+    k = np.arange(1, degree + 1, dtype=np.float64)
+    other = degree - k + 1.0
+    if num_ref is None:
+        column = ranks[:, None]
+        return np.exp(
+            _special.xlogy(k - 1.0, column) + _special.xlog1py(other - 1.0, -column) - _special.betaln(k, other)
+        )
+
+    def beta_binomial(count: Array) -> Array:
+        column = count[:, None]
+        choose = -_special.betaln(column + 1.0, num_ref - column + 1.0) - math.log(num_ref + 1.0)
+        return np.exp(choose + _special.betaln(column + k, num_ref - column + other) - _special.betaln(k, other))
+
+    counts = np.rint(2.0 * ranks * num_ref) / 2.0
+    # A tie with one reference reward is half a count on either side.
+    return 0.5 * (beta_binomial(np.floor(counts)) + beta_binomial(np.ceil(counts)))
+
+
+def _fit(ranks: Array, degree: int, num_ref: int | None) -> Array:
+    """Maximum likelihood weights by expectation-maximisation (the problem is concave in the weights)."""
+    values, counts = np.unique(ranks, return_counts=True)
+    if values.size > _MAX_BINS:
+        groups = np.array_split(np.sort(ranks), _MAX_BINS)
+        values, counts = np.array([group.mean() for group in groups]), np.array([group.size for group in groups])
+    likelihood = _likelihood(values, degree, num_ref)
+    shares = counts / counts.sum()
+    weights = np.full(degree, 1.0 / degree)
+    before = -math.inf
+    for _ in range(500):
+        mixture = likelihood @ weights + 1e-300
+        score = float(shares @ np.log(mixture))
+        if score - before < 1e-8:
+            break
+        before = score
+        weights = weights * (likelihood.T @ (shares / mixture))
+        weights /= weights.sum()
+    return weights

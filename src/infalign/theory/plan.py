@@ -1,0 +1,410 @@
+"""Before any model is trained: what the best alignment for a procedure reaches at a KL budget.
+
+And what the usual choices of reward leave on the table (sections 4 and 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from infalign.errors import InputError
+from infalign.procedures import InferenceProcedure, Standard
+from infalign.theory.finite_k import FiniteKPrediction, finite_k_prediction
+from infalign.theory.optimal import OptimalTransform, optimal_transform
+from infalign.theory.solver import Solution, solve
+from infalign.theory.tilt import TiltedPolicy
+from infalign.theory.winrate import Objective
+from infalign.transforms import Exponential, Identity, Log, RewardTransform
+
+Array = npt.NDArray[np.float64]
+
+_SMALLEST_OPTIMAL_BETA = 1e-7
+_SMALLEST_BETA = 1e-10
+_LARGEST_BETA = 1e8
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One choice of reward transform, with the β that spends the plan's KL.
+
+    Attributes:
+        label: Its name in tables.
+        transform: Φ.
+        beta: KL coefficient, in units of Φ per nat.
+        kl: KL(π‖p) of the policy it leads to, in nats per response.
+        win_rate: The procedure on that policy against its opponent on the reference (M8).
+        standard_win_rate: One sample of that policy against one sample of the reference.
+        other_win_rates: Win rates under other procedures asked for, by their label, each against itself.
+        note: What it stands for.
+    """
+
+    label: str
+    transform: RewardTransform
+    beta: float
+    kl: float
+    win_rate: float
+    standard_win_rate: float
+    other_win_rates: dict[str, float] = field(default_factory=dict[str, float])
+    note: str = ""
+
+    @cached_property
+    def tilt(self) -> TiltedPolicy:
+        """The policy that this choice leads to."""
+        return TiltedPolicy(self.transform, self.beta)
+
+    def to_dict(self, *, with_transform: bool = True) -> dict[str, Any]:
+        """JSON-ready; the transform's table can be left out."""
+        content: dict[str, Any] = {
+            "label": self.label,
+            "beta": self.beta,
+            "kl": self.kl,
+            "win_rate": self.win_rate,
+            "standard_win_rate": self.standard_win_rate,
+            "other_win_rates": dict(self.other_win_rates),
+            "note": self.note,
+        }
+        if with_transform:
+            content["transform"] = self.transform.to_dict()
+        return content
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """The best win rate at each KL, along the path of optimal transforms.
+
+    Attributes:
+        kl: Shape (m,), increasing, in nats.
+        win_rate: Shape (m,): no policy that sees y through C alone does better.
+        beta: Shape (m,): the slope of the curve, dW/dKL = β.
+    """
+
+    kl: Array
+    win_rate: Array
+    beta: Array
+
+    def at(self, kls: npt.ArrayLike) -> Array:
+        """The win rate at other KLs up to the largest: Hermite interpolation in sqrt(KL), whose slopes are exact."""
+        from scipy import interpolate  # pyright: ignore[reportMissingTypeStubs]
+
+        scipy_interpolate: Any = interpolate
+        # W - W(0) grows like sqrt(KL), so in x = sqrt(KL) the curve is smooth down to 0, with dW/dx = 2 x β. At 0 that
+        # is the limit for large β, which the first point, very near the reference, already shows.
+        x = np.sqrt(self.kl)
+        slopes = 2.0 * x[1:] * self.beta[1:]
+        curve: Any = scipy_interpolate.CubicHermiteSpline(x, self.win_rate, np.insert(slopes, 0, slopes[0]))
+        return np.asarray(curve(np.sqrt(np.asarray(kls, dtype=np.float64))), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The recommendation of `plan`.
+
+    Attributes:
+        procedure: What will be done with the aligned policy.
+        opponent: What is done with the reference; None if it is the same procedure.
+        best: The optimal transform.
+        alternatives: The named transforms at the same KL.
+        finite_k: What is left when calibration uses K reference rollouts per prompt, for every K asked for.
+        left_out: Named transforms that cannot spend this KL, with the reason.
+    """
+
+    procedure: InferenceProcedure
+    opponent: InferenceProcedure | None
+    best: Option
+    alternatives: tuple[Option, ...]
+    finite_k: tuple[FiniteKPrediction, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The best win rate at each KL, to twice this plan's KL or as far as the solver goes."""
+        return frontier(self.procedure, max_kl=2.0 * self.best.kl, opponent=self.opponent)
+
+    def to_dict(self, *, with_transforms: bool = True) -> dict[str, Any]:
+        """JSON-ready. The best option's fields are repeated at the top level."""
+        content: dict[str, Any] = {
+            "procedure": self.procedure.to_dict(),
+            "opponent": None if self.opponent is None else self.opponent.to_dict(),
+            "beta": self.best.beta,
+            "kl": self.best.kl,
+            "win_rate": self.best.win_rate,
+            "standard_win_rate": self.best.standard_win_rate,
+            "best": self.best.to_dict(with_transform=with_transforms),
+            "alternatives": [option.to_dict(with_transform=with_transforms) for option in self.alternatives],
+            "frontier": {
+                "kl": self.frontier.kl.tolist(),
+                "win_rate": self.frontier.win_rate.tolist(),
+                "beta": [None, *self.frontier.beta[1:].tolist()],
+            },
+        }
+        if self.left_out:
+            content["left_out"] = dict(self.left_out)
+        if self.finite_k:
+            content["finite_k"] = [prediction.to_dict() for prediction in self.finite_k]
+        return content
+
+
+def plan(
+    procedure: InferenceProcedure,
+    beta: float | None = None,
+    kl_budget: float | None = None,
+    *,
+    opponent: InferenceProcedure | None = None,
+    num_ref: int | Sequence[int] = (),
+    others: Sequence[InferenceProcedure] = (),
+    seed: int = 0,
+) -> Plan:
+    """Find the optimal transform for a procedure, at a β or at a KL budget, beside the named transforms at the same KL.
+
+    Args:
+        procedure: What will be done with the aligned policy.
+        beta: KL coefficient, in units of win rate per nat. Give this or `kl_budget`.
+        kl_budget: KL(π‖p) to spend, in nats per response; met to 1e-6 relative or better.
+        opponent: What is done with the reference; the same procedure if None.
+        num_ref: Also predict what is left with so many reference rollouts per prompt (M6); one number or several.
+        others: Procedures whose win rates are wanted too.
+        seed: Of the simulation behind `num_ref`.
+
+    Raises:
+        InputError: If neither or both of beta and kl_budget are given, one is out of range, or the budget is out of
+            reach; the message names the reachable range.
+    """
+    if (beta is None) == (kl_budget is None):
+        raise InputError("give exactly one of beta and kl_budget", where="plan")
+    if beta is not None:
+        optimum = optimal_transform(procedure, beta, opponent)
+    else:
+        optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
+    best = _option(optimum.tilt, "optimal", procedure, opponent, others, "optimal (M9)", known=optimum)
+    alternatives: list[Option] = []
+    left_out: dict[str, str] = {}
+    for transform, label, note in _named_transforms(procedure, optimum.kl, opponent):
+        try:
+            tilt = tilt_at_kl(transform, optimum.kl)
+        except InputError as error:
+            left_out[label] = str(error)
+            continue
+        alternatives.append(_option(tilt, label, procedure, opponent, others, note))
+    counts = (num_ref,) if isinstance(num_ref, int) else tuple(num_ref)
+    finite_k = tuple(finite_k_prediction(optimum, count, seed=seed) for count in counts)
+    return Plan(procedure, opponent, best, tuple(alternatives), finite_k, left_out)
+
+
+def optimum_at_kl(
+    procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None = None
+) -> OptimalTransform:
+    """The optimal transform that spends a given KL, to 1e-9 relative or better.
+
+    Raises:
+        InputError: If the KL is out of reach; the message names the reachable range.
+    """
+    objective = Objective.of(procedure, opponent)
+    found: dict[float, Solution] = {}
+
+    def kl_of(beta: float) -> float:
+        nearest = min(found, key=lambda other: abs(math.log(other / beta)), default=None)
+        near = nearest is not None and abs(math.log(nearest / beta)) < math.log(3.0)
+        found[beta] = solve(objective, beta, found[nearest] if near and nearest is not None else None)
+        return found[beta].kl
+
+    beta = _beta_for_kl(kl_of, kl, _SMALLEST_OPTIMAL_BETA, f"the optimal transform of {procedure.label}")
+    return OptimalTransform(procedure, opponent, beta, found[beta])
+
+
+def tilt_at_kl(transform: RewardTransform, kl: float) -> TiltedPolicy:
+    """The tilt by a transform that spends a given KL, to 1e-9 relative or better.
+
+    Raises:
+        InputError: If the KL is out of reach; the message names the reachable range.
+    """
+    beta = _beta_for_kl(
+        lambda beta: TiltedPolicy(transform, beta).kl, kl, _SMALLEST_BETA, f"the transform {transform.label!r}"
+    )
+    return TiltedPolicy(transform, beta)
+
+
+def frontier(
+    procedure: InferenceProcedure,
+    max_kl: float = 4.0,
+    num_points: int = 50,
+    opponent: InferenceProcedure | None = None,
+) -> Frontier:
+    """The best win rate at each KL, from 0 to `max_kl` or as far as the solver goes.
+
+    Args:
+        procedure: What is done with the policy.
+        max_kl: Largest KL wanted, in nats.
+        num_points: Points on the curve, the one at KL 0 included; about evenly spaced in sqrt(KL).
+        opponent: What is done with the reference; the same procedure if None.
+    """
+    objective = Objective.of(procedure, opponent)
+    furthest = math.sqrt(_positive(max_kl, "max_kl"))
+    spacing = furthest / max(num_points - 1, 1)
+    start = _near_reference(objective)
+    reference_loss = objective.loss_density(start.mesh.u, objective.opponent_densities(start.mesh.u))
+    points = [start]
+    # Near KL = 0, sqrt(KL) = c/β; from there on the step in log β follows the slope of sqrt(KL) seen last.
+    log_step = math.log(math.sqrt(start.kl) / spacing)
+    for _ in range(4 * num_points):
+        beta = max(points[-1].beta * math.exp(log_step), _SMALLEST_OPTIMAL_BETA)
+        try:
+            points.append(solve(objective, beta, points[-1]))
+        except InputError:
+            break
+        x, before = math.sqrt(points[-1].kl), math.sqrt(points[-2].kl)
+        if x >= furthest * (1 - 1e-12) or beta <= _SMALLEST_OPTIMAL_BETA:
+            break
+        slope = (x - before) / log_step if len(points) > 2 else -x
+        log_step = max(min(spacing, furthest + 1e-9 - x) / min(slope, -1e-9), -2.5)
+    return Frontier(
+        kl=np.array([0.0, *(point.kl for point in points)]),
+        win_rate=np.array([1.0 - start.mesh.integral(reference_loss), *(point.win_rate for point in points)]),
+        beta=np.array([math.inf, *(point.beta for point in points)]),
+    )
+
+
+def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: InferenceProcedure | None = None) -> Array:
+    """The theoretical limit: the best win rate at each KL (section 5).
+
+    Args:
+        procedure: What is done with the policy.
+        kls: KLs in nats, at least 0, any shape.
+        opponent: What is done with the reference; the same procedure if None.
+
+    Returns:
+        Win rates, same shape, to about 1e-6.
+
+    Raises:
+        InputError: If a KL is negative, not finite, or beyond the reachable range, which the message names.
+    """
+    wanted = np.asarray(kls, dtype=np.float64)
+    if wanted.size and not (np.isfinite(wanted).all() and wanted.min() >= 0):
+        raise InputError("a KL is negative or not finite", where="limit")
+    curve = frontier(procedure, max(float(wanted.max(initial=0.0)), 1e-6), 40, opponent)
+    if wanted.size and float(wanted.max()) > curve.kl[-1] * (1 + 1e-9):
+        raise InputError(
+            f"a KL of {wanted.max():g} nats is out of reach for {procedure.label}",
+            where="limit",
+            mend=f"Ask for KLs between 0 and {curve.kl[-1]:.4g}",
+        )
+    return curve.at(np.minimum(wanted, curve.kl[-1]))
+
+
+def _near_reference(objective: Objective) -> Solution:
+    """The optimum at a β far above the range of R, where the policy is nearly the reference."""
+    mild = solve(objective, 1.0)
+    return solve(objective, 1e4 * max(1.0, float(mild.mesh.integral(mild.reward_slope))))
+
+
+def _named_transforms(
+    procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None
+) -> list[tuple[RewardTransform, str, str]]:
+    """The choices of the literature, and the best member of the exponential family."""
+    t = _best_exponent(procedure, kl, opponent)
+    paper = 10.0 if t > 0 else -10.0
+    return [
+        (Identity(), "identity", "calibrated RLHF; QRPO's default; optimal for one sample"),
+        (Log(), "log", "Best-of-n distillation (BOND, vBoN, BoNBoN)"),
+        (Exponential(paper), f"exponential, t={paper:g}", "the paper's choice for N = 4"),
+        (Exponential(t), f"exponential, t={t:.3g}", "the best exponential at this KL"),
+    ]
+
+
+def _best_exponent(procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None) -> float:
+    """The t whose exponential transform wins most at a KL."""
+    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    scipy_optimize: Any = optimize
+
+    def loss(s: float) -> float:
+        try:
+            return -tilt_at_kl(Exponential(math.sinh(s)), kl).win_rate(procedure, opponent)
+        except InputError:  # too sharp a transform cannot spend this KL
+            return 0.0
+
+    # In s = asinh(t), from -60 to 60 for small n; a larger n has its features at t of the order of n.
+    largest = math.asinh(60.0 * max(1.0, (procedure.n or 1) / 8.0))
+    grid = np.linspace(-largest, largest, 11)
+    losses = [loss(float(s)) for s in grid]
+    at = int(np.argmin(losses))
+    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, grid.size - 1)])
+    best: Any = scipy_optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
+    return math.sinh(float(best.x))
+
+
+def _option(
+    tilt: TiltedPolicy,
+    label: str,
+    procedure: InferenceProcedure,
+    opponent: InferenceProcedure | None,
+    others: Sequence[InferenceProcedure],
+    note: str,
+    known: OptimalTransform | None = None,
+) -> Option:
+    return Option(
+        label=label,
+        transform=tilt.transform,
+        beta=tilt.beta,
+        kl=tilt.kl if known is None else known.kl,
+        win_rate=tilt.win_rate(procedure, opponent) if known is None else known.win_rate,
+        standard_win_rate=tilt.win_rate(Standard()),
+        other_win_rates={other.label: tilt.win_rate(other) for other in others},
+        note=note,
+    )
+
+
+def _beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, whose: str) -> float:
+    """The β whose KL is the one asked for; `kl_of` decreases in β."""
+    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    scipy_optimize: Any = optimize
+    kl = _positive(kl, "kl_budget")
+    known: dict[float, float] = {}
+
+    def gap(log_beta: float) -> float:
+        beta = math.exp(log_beta)
+        if beta not in known:
+            known[beta] = kl_of(beta)
+        return math.log(max(known[beta], 1e-300) / kl)
+
+    low = high = math.log(0.3)
+    step = math.log(4.0)
+    reach = ""
+    try:
+        while gap(high) > 0:
+            low, high = high, high + step
+            if high > math.log(_LARGEST_BETA):
+                reach = f"at least {known[math.exp(low)]:.3g}"
+                break
+        while not reach and gap(low) < 0:
+            if low <= math.log(smallest) + 1e-9:
+                reach = f"at most {known[math.exp(low)]:.4g}"
+                break
+            low, high = max(low - step, math.log(smallest)), low
+    except InputError:
+        reach = f"at most {max(known.values()):.4g}" if known else "none"
+    if reach:
+        raise InputError(
+            f"a KL of {kl:g} nats is out of reach for {whose}",
+            where="kl_budget",
+            mend=f"The reachable KL is {reach} nats",
+        )
+    if low == high:
+        return math.exp(low)
+    root = float(scipy_optimize.brentq(gap, low, high, xtol=1e-11, rtol=1e-12))
+    gap(root)
+    return math.exp(root)
+
+
+def _positive(value: float, where: str) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise InputError(f"{value!r} is not a positive finite number", where=where, mend="Give nats above 0")
+    return number
