@@ -1,0 +1,151 @@
+"""What produced a rollout: enough to tell apart any two sources whose rollouts must not be mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infalign.errors import InputError, MismatchError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# These differ between two saves of one model without changing what it computes.
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "use_cache")
+
+
+@dataclass(frozen=True)
+class RolloutKey:
+    """What produced the rollouts of one store.
+
+    Attributes:
+        model: Fingerprint of the policy (`model_fingerprint`), or an endpoint's model name.
+        tokenizer: Fingerprint of tokenizer and chat template (`tokenizer_fingerprint`).
+        max_new_tokens: Longest response; a longer one is cut there and has `finish_reason` "length".
+        seed: Seed of the sampling. Rollout `index` of a prompt depends on (seed, prompt, index) alone.
+        temperature: Sampling temperature. 1 is the policy itself.
+        top_p: Nucleus. 1 is the policy itself.
+        sampler: Engine that drew them.
+    """
+
+    model: str
+    tokenizer: str
+    max_new_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    sampler: str = "transformers"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}", where="RolloutKey", mend="Give at least 1")
+        if not (self.temperature > 0.0 and 0.0 < self.top_p <= 1.0):
+            raise InputError(f"temperature is {self.temperature} and top_p {self.top_p}", where="RolloutKey",
+                             mend="The temperature must be positive and top_p in (0, 1]")  # fmt: skip
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        sampler: str = "transformers",
+    ) -> RolloutKey:
+        """The key of rollouts drawn from the model in a folder or on the hub, with a loaded tokenizer.
+
+        Args:
+            model: Model folder, adapter folder, or hub name.
+            tokenizer: The loaded tokenizer.
+            max_new_tokens: Longest response.
+            seed: Seed of the sampling.
+            temperature: Sampling temperature.
+            top_p: Nucleus.
+            sampler: Engine that draws.
+        """
+        fingerprint = model_fingerprint(model)
+        return cls(fingerprint, tokenizer_fingerprint(tokenizer), max_new_tokens, seed, temperature, top_p, sampler)
+
+    @property
+    def samples_the_policy(self) -> bool:
+        """Whether the rollouts follow the policy itself, not a sharpened or truncated version of it."""
+        return self.temperature == 1.0 and self.top_p == 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def require_same(self, stored: RolloutKey, where: str) -> None:
+        """Raise MismatchError, saying what differs, unless `stored` equals this key."""
+        asked, there = self.to_dict(), stored.to_dict()
+        different = [
+            f"{name} was {there[name]!r} and is now {asked[name]!r}" for name in asked if asked[name] != there[name]
+        ]
+        if different:
+            raise MismatchError("these rollouts were made otherwise: " + "; ".join(different), where=where,
+                                mend="Use another folder, or go back to what made them")  # fmt: skip
+
+
+def model_fingerprint(model: str | Path) -> str:
+    """Identity of a model's weights and architecture.
+
+    For a folder: a hash of its weight files and configuration, the same wherever the folder lies. For a hub name: the
+    name and its commit.
+
+    Raises:
+        InputError: There are no weights in the folder, or no such model on the hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return f"sha256:{_hash_folder(path)}"
+    from transformers import AutoConfig
+
+    try:
+        commit = getattr(AutoConfig.from_pretrained(str(model)), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "there is no such model", where=str(model), mend="Give a model folder or a hub name"
+        ) from error
+    return f"hub:{model}@{commit or 'unknown'}"
+
+
+def _hash_folder(folder: Path) -> str:
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+    if not weights:
+        raise InputError("there are no model weights in this folder", where=str(folder),
+                         mend="A model folder holds model.safetensors or adapter_model.safetensors")  # fmt: skip
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in _NOT_THE_MODEL:
+                config.pop(key, None)
+            digest.update(json.dumps(config, sort_keys=True).encode())
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base:
+            digest.update(model_fingerprint(base).encode())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Identity of a tokenizer: its vocabulary and rules, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Set by whoever encoded last; not a property of the tokenizer.
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = json.dumps([rules, special, getattr(tokenizer, "chat_template", None)], sort_keys=True)
+    return f"sha256:{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"

@@ -1,0 +1,342 @@
+"""What scores a response: a sequence-classification model or a Python function, behind one interface."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import inspect
+import numbers
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.data import Message, PromptContent
+from infalign.errors import InputError, RewardError
+from infalign.rollouts.key import model_fingerprint
+from infalign.rollouts.tokens import require_chat_template
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of B responses.
+
+    Attributes:
+        rewards: Shape (B,); NaN marks a response that could not be scored.
+        errors: Why not, shape (B,); None where it could.
+    """
+
+    rewards: Float
+    errors: list[str | None]
+
+
+class RewardSource(ABC):
+    """Scores responses.
+
+    Attributes:
+        key: Names the source; a source that would score otherwise has another key.
+        description: What it is, as plain data, kept beside its rewards.
+    """
+
+    key: str
+    description: dict[str, Any]
+
+    @abstractmethod
+    def score_rows(
+        self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
+    ) -> Scores:
+        """Score B responses, saying of each that could not be scored why.
+
+        Args:
+            prompts: B prompts, as text or chat messages.
+            completions: B responses, as text or chat messages.
+            **columns: Further columns of the data, each with B values.
+
+        Raises:
+            RewardError: The source gave something that is not one number per response.
+        """
+
+    def score(self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any) -> Float:
+        """Rewards of B responses, shape (B,); NaN where a response could not be scored. Errors as in `score_rows`."""
+        return self.score_rows(prompts, completions, **columns).rewards
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class FunctionReward(RewardSource):
+    """A Python function `f(prompts=…, completions=…, **columns) -> list of float`, as TRL's trainers take it.
+
+    It may be async. It gets the columns that it has parameters for (all of them if it takes `**kwargs`). None as a
+    reward marks that response as unscored. If the function raises, its rows are tried one by one and those that raise
+    are unscored.
+
+    Args:
+        function: The function, or `"module:function"`.
+        key: Names the source; by default the function's name and a hash of its source code, so that a function that
+            was changed scores anew. What the function calls or has captured is not part of the hash.
+
+    Raises:
+        InputError: There is no such module or function.
+    """
+
+    def __init__(self, function: str | Callable[..., Any], *, key: str | None = None) -> None:
+        self._function = _import_function(function) if isinstance(function, str) else function
+        name = f"{getattr(self._function, '__module__', '?')}:{getattr(self._function, '__qualname__', 'function')}"
+        if isinstance(function, str):
+            name = function
+        try:
+            digest = hashlib.sha256(inspect.getsource(self._function).encode()).hexdigest()[:12]
+        except (OSError, TypeError):
+            digest = ""
+        self.key = key or (f"{name}@{digest}" if digest else name)
+        self.description = {"kind": "function", "function": name, "source": digest}
+        parameters = inspect.signature(self._function).parameters
+        self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes = set(parameters)
+
+    def score_rows(
+        self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
+    ) -> Scores:
+        """As `RewardSource.score_rows`.
+
+        Raises:
+            RewardError: The function gave another number of rewards, or one that is NaN, infinite or not a number.
+        """
+        kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
+        try:
+            return self._checked(self._call(prompts, completions, kept), len(completions), 0)
+        except RewardError:
+            raise
+        except Exception as error:
+            if len(completions) == 1:
+                return Scores(np.array([np.nan]), [f"{type(error).__name__}: {error}"])
+        rewards = np.empty(len(completions))
+        errors: list[str | None] = []
+        for row in range(len(completions)):
+            one = {
+                name: [value[row]] if isinstance(value, (list, tuple)) and len(value) == len(completions) else value
+                for name, value in kept.items()
+            }
+            try:
+                scored = self._checked(self._call(prompts[row : row + 1], completions[row : row + 1], one), 1, row)
+                rewards[row] = scored.rewards[0]
+                errors.append(scored.errors[0])
+            except RewardError:
+                raise
+            except Exception as error:
+                rewards[row] = np.nan
+                errors.append(f"{type(error).__name__}: {error}")
+        return Scores(rewards, errors)
+
+    def _call(
+        self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], columns: dict[str, Any]
+    ) -> Any:
+        result = self._function(prompts=list(prompts), completions=list(completions), **columns)
+        return _wait_for(result) if inspect.isawaitable(result) else result
+
+    def _checked(self, values: Any, count: int, first_row: int) -> Scores:
+        try:
+            listed = list(values)
+        except TypeError as error:
+            raise RewardError(f"it returned a {type(values).__name__}, not a list", where=self.key,
+                              mend="Return one number per completion") from error  # fmt: skip
+        if len(listed) != count:
+            raise RewardError(f"it returned {len(listed)} rewards for {count} completions", where=self.key,
+                              mend="Return one number per completion")  # fmt: skip
+        rewards = np.empty(count)
+        errors: list[str | None] = [None] * count
+        for row, value in enumerate(listed):
+            value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+            if value is None:
+                rewards[row], errors[row] = np.nan, "the function returned None"
+            elif not isinstance(value, numbers.Real):
+                raise RewardError(f"row {first_row + row}: the reward is {value!r}, not a number", where=self.key,
+                                  mend="Return a float, or None for a response that cannot be scored")  # fmt: skip
+            elif not np.isfinite(float(value)):
+                raise RewardError(f"row {first_row + row}: the reward is {float(value)}", where=self.key,
+                                  mend="Return None for a response that cannot be scored")  # fmt: skip
+            else:
+                rewards[row] = float(value)
+        return Scores(rewards, errors)
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    mend = "Write it as module:function, with the module importable from the current folder"
+    if not module_name or not function_name:
+        raise InputError(f"{name!r} does not name a function", where="reward function", mend=mend)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in function_name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the function cannot be imported ({error})", where=f"reward function {name}", mend=mend
+        ) from error
+    if not callable(found):
+        raise InputError("this is not a function", where=f"reward function {name}", mend=mend)
+    return found
+
+
+def _wait_for(result: Any) -> Any:
+    async def finish() -> Any:
+        return await result
+
+    return asyncio.run(finish())
+
+
+class SequenceClassificationReward(RewardSource):
+    """A Hugging Face sequence-classification model with one output: its logit is the reward.
+
+    Text is scored as prompt + completion in one piece, messages as the tokenizer's chat template renders them. The
+    model is loaded when first used.
+
+    Args:
+        model: Folder or hub name.
+        batch_size: Responses scored at the same time.
+        max_length: Longest input in tokens; longer ones lose their beginning, so that the response is judged whole. By
+            default what the model can hold.
+        append_end_token: Write the end token behind the text, as TRL's `RewardTrainer` does with plain text.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Also accept weights that are not safetensors.
+        device: Where it runs; by default a GPU if there is one.
+
+    Raises:
+        InputError: There is no such model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        append_end_token: bool = False,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        device: str | None = None,
+    ) -> None:
+        self.path = str(model)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.append_end_token = append_end_token
+        self._trust_remote_code = trust_remote_code
+        self._allow_pickle = allow_pickle
+        self._device = device
+        self._loaded: tuple[Any, Any] | None = None
+        self.num_truncated = 0
+        fingerprint = model_fingerprint(model)
+        self.description = {
+            "kind": "sequence-classification",
+            "model": fingerprint,
+            "max_length": max_length,
+            "append_end_token": append_end_token,
+        }
+        settings = hashlib.sha256(repr(sorted(self.description.items())).encode()).hexdigest()[:12]
+        self.key = f"sequence-classification@{settings}"
+
+    def score_rows(
+        self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
+    ) -> Scores:
+        """As `RewardSource.score_rows`; further columns are not used.
+
+        Raises:
+            InputError: The prompts are messages and the tokenizer has no chat template.
+            RewardError: The model gave NaN or infinity.
+        """
+        import torch
+
+        model, tokenizer = self._load()
+        limit = self.max_length or _input_limit(model, tokenizer)
+        ids = self._token_ids(tokenizer, prompts, completions)
+        self.num_truncated += sum(len(one) > limit for one in ids)
+        # The end of the text is what is judged: a long prompt loses its beginning.
+        ids = [one[-limit:] for one in ids]
+        rewards = np.empty(len(ids))
+        order = np.argsort([-len(one) for one in ids], kind="stable")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                longest = len(ids[rows[0]])
+                ids_BL = torch.full((len(rows), longest), pad, dtype=torch.long)
+                mask_BL = torch.zeros(len(rows), longest, dtype=torch.long)
+                for b, row in enumerate(rows):
+                    ids_BL[b, : len(ids[row])] = torch.tensor(ids[row])
+                    mask_BL[b, : len(ids[row])] = 1
+                out = model(input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device))
+                rewards[rows] = out.logits[:, 0].double().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(rewards))
+        if len(bad):
+            raise RewardError(f"the model gave {rewards[bad[0]]} for {len(bad)} responses, the first is row {bad[0]}",
+                              where=self.key, mend="Check the reward model; half precision may overflow")  # fmt: skip
+        return Scores(rewards, [None] * len(rewards))
+
+    def _token_ids(
+        self, tokenizer: Any, prompts: Sequence[PromptContent], completions: Sequence[PromptContent]
+    ) -> list[list[int]]:
+        texts: dict[int, str] = {}
+        out: list[list[int]] = [[] for _ in prompts]
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if isinstance(prompt, str) and isinstance(completion, str):
+                texts[row] = prompt + completion + (tokenizer.eos_token if self.append_end_token else "")
+                continue
+            require_chat_template(tokenizer)
+            messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
+            out[row] = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+        if texts:
+            encoded = tokenizer(list(texts.values()), padding=False, truncation=False, verbose=False)["input_ids"]
+            for row, ids in zip(texts, encoded, strict=True):
+                out[row] = list(ids)
+        # A model cannot read nothing: an empty text is its end token.
+        empty = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+        return [ids or [empty] for ids in out]
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            import torch
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
+                model: Any = AutoModelForSequenceClassification.from_pretrained(
+                    self.path,
+                    trust_remote_code=self._trust_remote_code,
+                    use_safetensors=None if self._allow_pickle else True,
+                    dtype="auto" if torch.cuda.is_available() else torch.float32,
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = str(error).strip().split("\n", maxsplit=1)[0]
+                raise InputError(
+                    f"no sequence-classification model can be loaded ({reason})",
+                    where=self.path,
+                    mend="Give a folder with config.json, model.safetensors and a tokenizer",
+                ) from error
+            if model.config.num_labels != 1:
+                raise InputError(f"the model has {model.config.num_labels} outputs", where=self.path,
+                                 mend="A reward model has one")  # fmt: skip
+            if model.config.get_text_config().pad_token_id is None:
+                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
+            device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self._loaded = model.to(device).eval(), tokenizer
+        return self._loaded
+
+
+def _messages(content: PromptContent, role: str) -> list[Message]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
+
+
+def _input_limit(model: Any, tokenizer: Any) -> int:
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    return min(int(limit) for limit in limits if limit is not None)

@@ -1,0 +1,98 @@
+"""Reward sources behind one small interface, and filling a store with what they say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infalign.data import Prompt
+from infalign.errors import InputError, RewardError
+from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.rewards import FunctionReward, RewardSource, Scores, SequenceClassificationReward
+from infalign.rollouts.store import RolloutStore
+
+__all__ = ["FunctionReward", "RewardSource", "Scores", "SequenceClassificationReward", "score_store"]
+
+
+def score_store(
+    store: RolloutStore,
+    source: RewardSource,
+    prompts: Sequence[Prompt],
+    progress: Progress | None = None,
+    *,
+    chunk_size: int = 1024,
+    max_unscored: float = 0.05,
+    retry_unscored: bool = False,
+) -> int:
+    """Score every rollout of these prompts that this source has not scored yet.
+
+    Args:
+        store: Rollouts; the rewards are written beside them, under the source's key.
+        source: What scores.
+        prompts: Prompts of the rollouts; the columns of their rows go to the source.
+        progress: Called after each chunk with rollouts scored, rollouts in all, and the speed.
+        chunk_size: Rollouts scored between two writes.
+        max_unscored: Stop when a larger share of rollouts than this could not be scored.
+        retry_unscored: Try those again that could not be scored before.
+
+    Returns:
+        How many rollouts were scored by this call.
+
+    Raises:
+        RewardError: The source failed on too many rollouts; what was scored is kept.
+        InputError: The store has no rollouts of these prompts.
+        MismatchError: The store has rewards of another source under the same key.
+    """
+    report = progress or no_progress
+    prompt_of = {prompt.id: prompt for prompt in prompts}
+    rollouts = store.table(["prompt_id", "index", "text"])
+    ids, indices = rollouts["prompt_id"].to_pylist(), rollouts["index"].to_numpy()
+    mine = [row for row, prompt_id in enumerate(ids) if prompt_id in prompt_of]
+    if not mine:
+        raise InputError("there are no rollouts of these prompts", where=str(store.path), mend="Draw them first")
+    scored_now, started = 0, time.monotonic()
+    with store.writing_rewards(source.key, source.description):
+        before = store.rewards(source.key)
+        value_of = dict(
+            zip(
+                zip(before["prompt_id"].to_pylist(), before["index"].to_pylist(), strict=True),
+                before["reward"].to_pylist(),
+                strict=True,
+            )
+        )
+        known = {pair for pair, value in value_of.items() if value is not None or not retry_unscored}
+        todo = [row for row in mine if (ids[row], int(indices[row])) not in known]
+        done = len(mine) - len(todo)
+        unscored = sum(1 for row in mine if value_of.get((ids[row], int(indices[row])), 0.0) is None)
+        unscored = 0 if retry_unscored else unscored
+        report(done, len(mine), "")
+        for start in range(0, len(todo), chunk_size):
+            rows = todo[start : start + chunk_size]
+            owners = [prompt_of[ids[row]] for row in rows]
+            texts = rollouts["text"].take(rows).to_pylist()
+            scores = source.score_rows([owner.prompt for owner in owners], texts, **_columns(owners))
+            store.append_rewards(source.key, [ids[row] for row in rows], indices[rows], scores.rewards, scores.errors)
+            done, scored_now = done + len(rows), scored_now + len(rows)
+            failed = np.flatnonzero(np.isnan(scores.rewards))
+            unscored += len(failed)
+            if unscored > max_unscored * len(mine):
+                first = int(failed[0]) if len(failed) else 0
+                raise RewardError(
+                    f"{unscored} of {done} rollouts could not be scored ({scores.errors[first] or 'no reason given'}; "
+                    f"first here: rollout {indices[rows[first]]} of prompt {owners[first].id})",
+                    where=str(source),
+                    mend=f"Mend the reward, or allow a larger share than {max_unscored:g}",
+                )
+            report(done, len(mine), f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s")
+    return scored_now
+
+
+def _columns(owners: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The columns that all of these prompts' rows have, as lists; the prompt itself is passed apart."""
+    shared = set(owners[0].row).intersection(*(owner.row for owner in owners)) - {"prompt", "prompts", "completions"}
+    columns: dict[str, list[Any]] = {name: [owner.row[name] for owner in owners] for name in sorted(shared)}
+    columns["prompt_id"] = [owner.id for owner in owners]
+    return columns

@@ -1,0 +1,135 @@
+"""An append-only table in a folder: numbered Parquet files, each written whole or not at all.
+
+Every append is one file: written under a hidden name, flushed to the disk, then renamed. A process killed at any
+instant leaves complete files and at most one hidden one, which the next writer removes. One writer at a time, held by a
+file lock that the system itself releases when a process dies; readers need no lock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from infalign.errors import StorageError
+
+_SHARD = re.compile(r"\d{6,}\.parquet")
+
+
+class ShardLog:
+    """One append-only table.
+
+    Args:
+        folder: Where its shards are; made when first written to.
+        schema: Columns of the table.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self.folder = folder
+        self.schema = schema
+        self._lock = FileLock(str(folder / ".lock"), timeout=0)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The complete shards, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name))
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows, oldest first.
+
+        Raises:
+            StorageError: A shard cannot be read.
+        """
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        tables = [schema.empty_table()]
+        for shard in self.shards:
+            try:
+                tables.append(_read_shard(shard, schema))
+            except (OSError, pa.ArrowException) as error:
+                raise StorageError(f"the shard cannot be read ({error})", where=str(shard),
+                                   mend="Delete this one file: what it held is drawn again") from error  # fmt: skip
+        return pa.concat_tables(tables)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the right to append; may be nested.
+
+        Raises:
+            StorageError: Another process or store object holds it, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise StorageError("somebody else is writing to this store", where=str(self.folder),
+                               mend="Wait until the other process has ended") from error  # fmt: skip
+        except OSError as error:
+            raise StorageError(f"the folder cannot be written ({error})", where=str(self.folder)) from error
+        try:
+            if self._lock.lock_counter == 1:
+                self._remove_unfinished()
+            yield
+        finally:
+            self._lock.release()
+
+    def append(self, table: pa.Table) -> Path:
+        """Add rows as one new shard; they are on the disk when this returns.
+
+        Raises:
+            StorageError: The disk is full or the folder cannot be written; nothing was added.
+        """
+        with self.writing():
+            shards = self.shards
+            number = int(shards[-1].stem) + 1 if shards else 0
+            final = self.folder / f"{number:06d}.parquet"
+            write_atomically(final, lambda path: pq.write_table(table.cast(self.schema), path))
+            return final
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob(".*.part"):
+            path.unlink(missing_ok=True)
+
+
+def _read_shard(shard: Path, schema: pa.Schema) -> pa.Table:
+    with pq.ParquetFile(shard) as file:
+        return file.read(columns=schema.names).cast(schema)
+
+
+def write_atomically(final: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, and give it its name only when it is complete and on the disk.
+
+    Raises:
+        StorageError: The disk is full or the folder cannot be written; there is no new file then.
+    """
+    part = final.with_name(f".{final.name}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(final)
+        _sync_folder(final.parent)
+    except (OSError, pa.ArrowException) as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(
+            f"the file cannot be written ({error})",
+            where=str(final),
+            mend="Free some space or fix the permissions, and start again: nothing is lost",
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, nor needs to be
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
