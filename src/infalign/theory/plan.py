@@ -6,7 +6,7 @@ And what the usual choices of reward leave on the table (sections 4 and 5).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -16,18 +16,17 @@ import numpy.typing as npt
 
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard
+from infalign.theory.alternatives import beta_for_kl, named_tilts
 from infalign.theory.finite_k import FiniteKPrediction, finite_k_prediction
 from infalign.theory.optimal import OptimalTransform, optimal_transform
 from infalign.theory.solver import Solution, solve
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
-from infalign.transforms import Exponential, Identity, Log, RewardTransform
+from infalign.transforms import RewardTransform
 
 Array = npt.NDArray[np.float64]
 
 _SMALLEST_OPTIMAL_BETA = 1e-7
-_SMALLEST_BETA = 1e-10
-_LARGEST_BETA = 1e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,15 +182,8 @@ def plan(
     else:
         optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
     best = _option(optimum.tilt, "optimal", procedure, opponent, others, "optimal (M9)", known=optimum)
-    alternatives: list[Option] = []
-    left_out: dict[str, str] = {}
-    for transform, label, note in _named_transforms(procedure, optimum.kl, opponent):
-        try:
-            tilt = tilt_at_kl(transform, optimum.kl)
-        except InputError as error:
-            left_out[label] = str(error)
-            continue
-        alternatives.append(_option(tilt, label, procedure, opponent, others, note))
+    tilts, left_out = named_tilts(procedure, optimum.kl, opponent)
+    alternatives = [_option(tilt, label, procedure, opponent, others, note) for tilt, label, note in tilts]
     counts = (num_ref,) if isinstance(num_ref, int) else tuple(num_ref)
     finite_k = tuple(finite_k_prediction(optimum, count, seed=seed) for count in counts)
     return Plan(procedure, opponent, best, tuple(alternatives), finite_k, left_out)
@@ -214,20 +206,8 @@ def optimum_at_kl(
         found[beta] = solve(objective, beta, found[nearest] if near and nearest is not None else None)
         return found[beta].kl
 
-    beta = _beta_for_kl(kl_of, kl, _SMALLEST_OPTIMAL_BETA, f"the optimal transform of {procedure.label}")
+    beta = beta_for_kl(kl_of, kl, _SMALLEST_OPTIMAL_BETA, f"the optimal transform of {procedure.label}")
     return OptimalTransform(procedure, opponent, beta, found[beta])
-
-
-def tilt_at_kl(transform: RewardTransform, kl: float) -> TiltedPolicy:
-    """The tilt by a transform that spends a given KL, to 1e-9 relative or better.
-
-    Raises:
-        InputError: If the KL is out of reach; the message names the reachable range.
-    """
-    beta = _beta_for_kl(
-        lambda beta: TiltedPolicy(transform, beta).kl, kl, _SMALLEST_BETA, f"the transform {transform.label!r}"
-    )
-    return TiltedPolicy(transform, beta)
 
 
 def frontier(
@@ -303,42 +283,6 @@ def _near_reference(objective: Objective) -> Solution:
     return solve(objective, 1e4 * max(1.0, float(mild.mesh.integral(mild.reward_slope))))
 
 
-def _named_transforms(
-    procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None
-) -> list[tuple[RewardTransform, str, str]]:
-    """The choices of the literature, and the best member of the exponential family."""
-    t = _best_exponent(procedure, kl, opponent)
-    paper = 10.0 if t > 0 else -10.0
-    return [
-        (Identity(), "identity", "calibrated RLHF; QRPO's default; optimal for one sample"),
-        (Log(), "log", "Best-of-n distillation (BOND, vBoN, BoNBoN)"),
-        (Exponential(paper), f"exponential, t={paper:g}", "the paper's choice for N = 4"),
-        (Exponential(t), f"exponential, t={t:.3g}", "the best exponential at this KL"),
-    ]
-
-
-def _best_exponent(procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None) -> float:
-    """The t whose exponential transform wins most at a KL."""
-    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
-
-    scipy_optimize: Any = optimize
-
-    def loss(s: float) -> float:
-        try:
-            return -tilt_at_kl(Exponential(math.sinh(s)), kl).win_rate(procedure, opponent)
-        except InputError:  # too sharp a transform cannot spend this KL
-            return 0.0
-
-    # In s = asinh(t), from -60 to 60 for small n; a larger n has its features at t of the order of n.
-    largest = math.asinh(60.0 * max(1.0, (procedure.n or 1) / 8.0))
-    grid = np.linspace(-largest, largest, 11)
-    losses = [loss(float(s)) for s in grid]
-    at = int(np.argmin(losses))
-    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, grid.size - 1)])
-    best: Any = scipy_optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
-    return math.sinh(float(best.x))
-
-
 def _option(
     tilt: TiltedPolicy,
     label: str,
@@ -358,49 +302,6 @@ def _option(
         other_win_rates={other.label: tilt.win_rate(other) for other in others},
         note=note,
     )
-
-
-def _beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, whose: str) -> float:
-    """The β whose KL is the one asked for; `kl_of` decreases in β."""
-    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
-
-    scipy_optimize: Any = optimize
-    kl = _positive(kl, "kl_budget")
-    known: dict[float, float] = {}
-
-    def gap(log_beta: float) -> float:
-        beta = math.exp(log_beta)
-        if beta not in known:
-            known[beta] = kl_of(beta)
-        return math.log(max(known[beta], 1e-300) / kl)
-
-    low = high = math.log(0.3)
-    step = math.log(4.0)
-    reach = ""
-    try:
-        while gap(high) > 0:
-            low, high = high, high + step
-            if high > math.log(_LARGEST_BETA):
-                reach = f"at least {known[math.exp(low)]:.3g}"
-                break
-        while not reach and gap(low) < 0:
-            if low <= math.log(smallest) + 1e-9:
-                reach = f"at most {known[math.exp(low)]:.4g}"
-                break
-            low, high = max(low - step, math.log(smallest)), low
-    except InputError:
-        reach = f"at most {max(known.values()):.4g}" if known else "none"
-    if reach:
-        raise InputError(
-            f"a KL of {kl:g} nats is out of reach for {whose}",
-            where="kl_budget",
-            mend=f"The reachable KL is {reach} nats",
-        )
-    if low == high:
-        return math.exp(low)
-    root = float(scipy_optimize.brentq(gap, low, high, xtol=1e-11, rtol=1e-12))
-    gap(root)
-    return math.exp(root)
 
 
 def _positive(value: float, where: str) -> float:
