@@ -139,14 +139,14 @@ def named_tilts(
     t = best_exponent(procedure, kl, opponent)
     paper = 10.0 if t > 0 else -10.0
     makers: list[tuple[Callable[[], TiltedPolicy], str, str]] = [
-        (lambda: tilt_at_kl(Identity(), kl), "identity", "calibrated RLHF; QRPO's default; optimal for one sample"),
-        (lambda: tilt_at_kl(Log(), kl), "log", "Best-of-n distillation (BOND, vBoN, BoNBoN)"),
-        (lambda: tilt_at_kl(Exponential(paper), kl), f"exponential, t={paper:g}", "the paper's choice for N = 4"),
-        (lambda: tilt_at_kl(Exponential(t), kl), f"exponential, t={t:.3g}", "the best exponential at this KL"),
+        (lambda: tilt_at_kl(Identity(), kl), "identity", "calibrated RLHF, QRPO"),
+        (lambda: tilt_at_kl(Log(), kl), "log", "Best-of-n distillation"),
+        (lambda: tilt_at_kl(Exponential(paper), kl), f"exponential, t={paper:g}", "the paper's, for N = 4"),
+        (lambda: tilt_at_kl(Exponential(t), kl), f"exponential, t={t:.3g}", "the best at this KL"),
     ]
     if isinstance(procedure, BestOfN) and procedure.n > 1:
         label = f"top-1-of-{procedure.n}"
-        makers.append((lambda: top_of_group_at_kl(procedure, kl), label, "group reward, at its self-play fixed point"))
+        makers.append((lambda: top_of_group_at_kl(procedure, kl), label, "group reward, self-play"))
     tilts: list[tuple[TiltedPolicy, str, str]] = []
     left_out: dict[str, str] = {}
     for make, label, note in makers:

@@ -181,7 +181,7 @@ def plan(
         optimum = optimal_transform(procedure, beta, opponent)
     else:
         optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
-    best = _option(optimum.tilt, "optimal", procedure, opponent, others, "optimal (M9)", known=optimum)
+    best = _option(optimum.tilt, "optimal", procedure, opponent, others, "the limit (M9)", known=optimum)
     tilts, left_out = named_tilts(procedure, optimum.kl, opponent)
     alternatives = [_option(tilt, label, procedure, opponent, others, note) for tilt, label, note in tilts]
     counts = (num_ref,) if isinstance(num_ref, int) else tuple(num_ref)

@@ -1,0 +1,156 @@
+"""`infalign plan`: what the best alignment for a procedure reaches, before any model is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infalign.errors import InputError, StorageError
+from infalign.procedures import (
+    BestOfN,
+    InferenceProcedure,
+    OrderStatistic,
+    Standard,
+    WorstOfN,
+    procedure_from_dict,
+)
+
+_KINDS = (
+    "standard, best-of-n, worst-of-n, order-statistic, names such as best-of-4, worst-of-8 or 3-of-5, or a JSON file"
+)
+
+
+def plan_command(
+    procedure: Annotated[str, typer.Argument(help=f"How the model will be used: {_KINDS}.")],
+    n: Annotated[int | None, typer.Option("--n", help="Responses drawn, for best-of-n and the like.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Which response from the worst, for order-statistic.")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="KL coefficient, in win rate per nat.")] = None,
+    kl: Annotated[float | None, typer.Option("--kl", help="KL budget in nats per response, instead of --beta.")] = None,
+    opponent: Annotated[
+        str | None, typer.Option("--opponent", help="What the reference does; the same procedure if not given.")
+    ] = None,
+    num_ref: Annotated[
+        list[int] | None,
+        typer.Option("--num-ref", help="Predict what K reference rollouts per prompt cost. Can be repeated."),
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option("--also", help="Another procedure to give win rates for. Can be repeated.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the plan: FILE.png, .svg or .html.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write the optimal transform as JSON, for a recipe.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+) -> None:
+    """Find the reward transform that a KL budget is best spent on, beside the usual choices at the same KL."""
+    from infalign.theory.plan import plan  # here, so that `infalign --help` stays quick
+
+    chosen = parse_procedure(procedure, n, k)
+    result = plan(
+        chosen,
+        beta=beta,
+        kl_budget=kl,
+        opponent=None if opponent is None else parse_procedure(opponent),
+        num_ref=num_ref or (),
+        others=[parse_procedure(other) for other in also or ()],
+    )
+    if save is not None:
+        about = {"procedure": chosen.to_dict(), "beta": result.best.beta, "kl": result.best.kl}
+        result.best.transform.save(save, about=about)
+    if plot is not None:
+        from infalign.report.theory_figures import draw_plan
+
+        draw_plan(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(with_transforms=False)))
+    else:
+        _print(result)
+        for path, what in ((save, "transform"), (plot, "figure")):
+            if path is not None:
+                Console(stderr=True, highlight=False).print(f"{what} written to {path}", markup=False, soft_wrap=True)
+
+
+def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
+    """A procedure from the command line.
+
+    Args:
+        text: standard, best-of-n, worst-of-n, order-statistic (with n and k), best-of-4, worst-of-8, 3-of-5, or the
+            path of a JSON file that `InferenceProcedure.to_dict` describes (mixtures and fitted procedures).
+        n: Responses drawn, where the name leaves it open.
+        k: Rank from the worst, for order-statistic.
+
+    Raises:
+        InputError: If the name is unknown, a number is missing or superfluous, or the file does not fit.
+        StorageError: If the file cannot be read.
+    """
+    name = text.strip().lower()
+    if name in ("best-of-n", "worst-of-n", "order-statistic"):
+        if n is None:
+            raise InputError(f"{name} needs the number of responses", where="procedure", mend="Add --n, such as --n 4")
+        if name == "order-statistic":
+            if k is None:
+                raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
+            return OrderStatistic(k=k, n=n)
+        if k is not None:
+            raise InputError(f"--k does not go with {name}", where="procedure", mend="Leave it out")
+        return BestOfN(n) if name == "best-of-n" else WorstOfN(n)
+    if n is not None or k is not None:
+        raise InputError(f"--n and --k do not go with {text!r}", where="procedure", mend="Leave them out")
+    if name == "standard":
+        return Standard()
+    numbered = re.fullmatch(r"(best|worst|\d+)-of-(\d+)", name)
+    if numbered:
+        first, count = numbered[1], int(numbered[2])
+        if first == "best":
+            return BestOfN(count)
+        return WorstOfN(count) if first == "worst" else OrderStatistic(k=int(first), n=count)
+    path = Path(text)
+    if path.suffix == ".json":
+        try:
+            description: Any = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(f"cannot read the procedure ({error.strerror})", where=str(path)) from error
+        except ValueError as error:
+            raise InputError(f"not a JSON file ({error})", where=str(path)) from error
+        if not isinstance(description, dict):
+            raise InputError("not the description of a procedure", where=str(path))
+        return procedure_from_dict(description)
+    raise InputError(f"unknown procedure {text!r}", where="procedure", mend=f"Use one of {_KINDS}")
+
+
+def _print(result: Any) -> None:
+    """The plan as a readable table on stdout."""
+    console = Console(highlight=False)
+    label, best = result.procedure.label, result.best
+    against = label if result.opponent is None else result.opponent.label
+    console.print(
+        f"{label} on the aligned model against {against} on the reference, KL {best.kl:.4f} nats", markup=False
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    others = list(best.other_win_rates)
+    for title in ("transform", "beta", "win rate", "lost", "standard", *others):
+        table.add_column(title, justify="left" if title == "transform" else "right", no_wrap=title == "transform")
+    table.add_column("what it is")
+    for option in (best, *result.alternatives):
+        lost = "" if option is best else f"{100 * (best.win_rate - option.win_rate):.2f} pt"
+        cells = [option.label, f"{option.beta:.5g}", f"{option.win_rate:.4f}", lost, f"{option.standard_win_rate:.4f}"]
+        cells += [f"{option.other_win_rates[other]:.4f}" for other in others]
+        table.add_row(*cells, option.note, style="bold" if option is best else None)
+    console.print(table)
+    for name, reason in result.left_out.items():
+        console.print(f"{name} is left out: {reason}", markup=False)
+    if result.finite_k:
+        console.print("\nWith K reference rollouts per prompt, at the same KL (simulated; ± is the standard error):")
+        for prediction in result.finite_k:
+            console.print(
+                f"  K = {prediction.num_ref:<5d} win rate {prediction.win_rate:.4f} ± "
+                f"{prediction.win_rate_standard_error:.4f}, lost {100 * prediction.win_rate_lost:.2f} pt, "
+                f"beta {prediction.beta:.5g}",
+                markup=False,
+            )
