@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -72,13 +73,13 @@ def coverage(rng: np.random.Generator, trials: int) -> list[dict[str, object]]:
     return rows
 
 
-def with_replacement(rewards_PM: np.ndarray, ref_rewards_PM: np.ndarray, n: int) -> np.ndarray:
-    """Best-of-n from n draws *with* replacement out of the M stored samples, in expectation."""
-    num_samples = rewards_PM.shape[1]
-    weights_M = np.diff((np.arange(num_samples + 1) / num_samples) ** n)
-    ours, theirs = np.sort(rewards_PM, axis=1), np.sort(ref_rewards_PM, axis=1)
-    wins = (ours[:, :, None] > theirs[:, None, :]) + 0.5 * (ours[:, :, None] == theirs[:, None, :])
-    return np.einsum("pij,i,j->p", wins, weights_M, weights_M)
+@dataclass(frozen=True)
+class WithReplacement(BestOfN):
+    """Best-of-n from n draws *with* replacement out of the M stored samples: the weights of the empirical CDF."""
+
+    def selection_weights(self, m: int) -> np.ndarray:
+        """Chance that the largest of n draws out of 1..m is i."""
+        return np.diff((np.arange(m + 1) / m) ** self.n)
 
 
 def one_group(rewards_PM: np.ndarray, ref_rewards_PM: np.ndarray, n: int) -> np.ndarray:
@@ -87,13 +88,13 @@ def one_group(rewards_PM: np.ndarray, ref_rewards_PM: np.ndarray, n: int) -> np.
     return (ours > theirs) + 0.5 * (ours == theirs)
 
 
-def against_naive(rng: np.random.Generator, num_prompts: int) -> list[dict[str, object]]:
+def against_naive(rng: np.random.Generator, num_draws: int) -> list[dict[str, object]]:
     """Bias of drawing with replacement and variance of one group, side by side on the same samples."""
     rows: list[dict[str, object]] = []
-    for n, num_samples in ((4, 4), (4, 8), (4, 16), (4, 64), (16, 32), (16, 128)):
-        batches = [draw(rng, 1000, num_samples, False) for _ in range(num_prompts // 1000)]
+    for n, num_samples in ((4, 4), (4, 8), (4, 16), (4, 64), (16, 16), (16, 32), (16, 128)):
+        batches = [draw(rng, 5000, num_samples, False) for _ in range(max(num_draws // (5000 * num_samples), 1))]
         ours = np.concatenate([win_rate(a, b, BestOfN(n)).per_prompt for a, b in batches])
-        repeated = np.concatenate([with_replacement(a, b, n) for a, b in batches])
+        repeated = np.concatenate([win_rate(a, b, WithReplacement(n)).per_prompt for a, b in batches])
         single = np.concatenate([one_group(a, b, n) for a, b in batches])
         truth = true_win_rate(BestOfN(n), False)
         rows.append(
@@ -152,7 +153,7 @@ def main() -> None:
     scale = 1 if options.quick else 10
     results = {
         "coverage": coverage(rng, 400 * scale),
-        "naive": against_naive(rng, 10_000 * scale),
+        "naive": against_naive(rng, 4_000_000 * scale),
         "speed": speed(rng, 10_000),
     }
     if options.json:

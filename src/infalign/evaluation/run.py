@@ -59,7 +59,7 @@ class ProcedureResult:
         spec: `InferenceProcedure.to_dict`; None for a procedure that cannot be stored.
         win_rate: Against the reference under the same procedure (M10).
         limit: Best win rate that any policy depending on calibrated rewards alone reaches at the measured KL; None
-            where the measured KL is not above zero.
+            where the measured KL is not above zero, or beyond the KLs for which the limit can be computed.
         captured: Share of the gain to be had at that KL, (W − ½) / (limit − ½), with an error that takes in the
             KL's; None where `limit` is.
     """
@@ -383,10 +383,12 @@ def _on_chord(wins_P: np.ndarray, kls_P: np.ndarray, target_kls_P: np.ndarray) -
 
 def _procedure_result(procedure: InferenceProcedure, rate: Estimate, kl: Estimate) -> ProcedureResult:
     """Win rate, limit at the measured KL, and the share of the limit's gain that was reached."""
-    best, captured = None, None
-    if kl.estimate > 0:
-        step = 0.01 * kl.estimate
-        below, best, above = (float(x) for x in limit(procedure, [kl.estimate - step, kl.estimate, kl.estimate + step]))
+    captured = None
+    step = 0.01 * kl.estimate
+    around = limit_within_reach(procedure, [kl.estimate - step, kl.estimate, kl.estimate + step])
+    best = None if around is None else around[1]
+    if around is not None and best is not None:
+        below, _, above = around
         gain = best - 0.5
         if gain > 0:
             share = (rate.estimate - 0.5) / gain
@@ -400,6 +402,21 @@ def _procedure_result(procedure: InferenceProcedure, rate: Estimate, kl: Estimat
     except InputError:  # a user's own procedure need not be storable
         spec = None
     return ProcedureResult(procedure.label, procedure.n, spec, Measured.of(rate), best, captured)
+
+
+def limit_within_reach(procedure: InferenceProcedure, kls: Sequence[float]) -> list[float] | None:
+    """Best win rate at each KL, or None if one of them is not above zero or beyond what the theory can compute.
+
+    Args:
+        procedure: What is done with policy and reference.
+        kls: KLs in nats.
+    """
+    if min(kls) <= 0:
+        return None
+    try:
+        return [float(value) for value in limit(procedure, kls)]
+    except InputError:  # a KL of many nats, where the win rate is one for all that matters
+        return None
 
 
 def _sentence(
@@ -426,7 +443,7 @@ def _sentence(
     elif adjusted_p_value >= 1 - base.confidence:
         why = "it does not stand once all comparisons made here are counted"
     else:
-        why = f"it does not stand at matched KL, where it may be as small as {100 * matched.estimate:+.1f} points"
+        why = f"it does not stand at matched KL, where it may be {100 * matched.estimate:+.1f} points"
     return f"{procedure}: not resolved whether {result.label} differs from {base.label} ({numbers}): {why}."
 
 

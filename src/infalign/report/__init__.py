@@ -1,0 +1,1 @@
+"""What was found, for people: figures, one self-contained page, tables."""

@@ -1,0 +1,414 @@
+"""Figures as plain Plotly dictionaries for the page, and the frontier as a PNG for a README.
+
+A figure here is data and layout only. Colours of text and grid come from the page, which knows whether it is light or
+dark; colours of methods are chosen to be told apart on both, and shapes and dashes say the same without colour.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infalign.errors import InputError, StorageError
+from infalign.evaluation.frontier import Frontier
+from infalign.evaluation.run import MethodResult
+
+Figure = dict[str, Any]
+
+# Contrast of at least 3:1 with both page backgrounds (tests/report checks it).
+_COLOURS = ("#2f74d0", "#c9661c", "#23895d", "#9557c9", "#c83f5b", "#1d8794", "#8a7a1e", "#6d7683")
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "x")
+_MARKERS = ("o", "D", "s", "^", "P", "*", "h", "X")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
+REFERENCE_COLOUR = "#7b8190"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method is drawn everywhere."""
+
+    colour: str
+    symbol: str
+    marker: str
+    dash: str
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each method, in order; they repeat after eight, with another shape for the same colour.
+
+    Args:
+        labels: Names of the methods.
+    """
+    size = len(_COLOURS)
+    return {
+        label: Style(
+            _COLOURS[i % size], _SYMBOLS[(i + i // size) % size], _MARKERS[(i + i // size) % size], _DASHES[i % size]
+        )
+        for i, label in enumerate(labels)
+    }
+
+
+def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
+    """Win rate against KL: points with errors both ways, and the limit as a curve.
+
+    Args:
+        data: Points and limit of one procedure.
+        look: Style of each method.
+    """
+    traces: list[dict[str, Any]] = []
+    if data.limit_kls:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "theoretical limit",
+                "x": data.limit_kls,
+                "y": data.limit_win_rates,
+                "line": {"color": REFERENCE_COLOUR, "width": 2},
+                "hovertemplate": "limit at KL %{x:.3f}: %{y:.1%}<extra></extra>",
+            }
+        )
+    for point in data.points:
+        style = look[point.label]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": _escaped(point.label),
+                "x": [point.kl],
+                "y": [point.win_rate],
+                "error_x": _bars([point.kl], [point.kl_low], [point.kl_high], style.colour),
+                "error_y": _bars([point.win_rate], [point.low], [point.high], style.colour),
+                "marker": {"color": style.colour, "symbol": style.symbol, "size": 11},
+                "hovertemplate": (
+                    f"<b>{_escaped(point.label)}</b><br>{_escaped(data.procedure)} win rate {point.win_rate:.1%} "
+                    f"({point.low:.1%} to {point.high:.1%})<br>KL {point.kl:.3f} "
+                    f"({point.kl_low:.3f} to {point.kl_high:.3f}) nats<extra></extra>"
+                ),
+            }
+        )
+    lows, highs = [0.5, *(point.low for point in data.points)], [*(point.high for point in data.points)]
+    # An axis that begins where the data do would magnify small differences; ½ at KL 0 is always in the picture.
+    layout = _layout(
+        x={"title": {"text": "KL(policy ‖ reference), nats"}, "rangemode": "tozero"},
+        y={
+            "title": {"text": f"{_escaped(data.procedure)} win rate"},
+            "tickformat": ".0%",
+            "range": [min(lows) - 0.02, min(1.005, max([*highs, *data.limit_win_rates, 0.55]) + 0.02)],
+        },
+        height=430,
+    )
+    layout["shapes"] = [_half_line()]
+    return {"data": traces, "layout": layout}
+
+
+def win_rate_over_n_figure(results: Sequence[MethodResult], family: str, look: Mapping[str, Style]) -> Figure | None:
+    """Win rate against N for one family of procedures; None if fewer than three N were measured.
+
+    Args:
+        results: Methods.
+        family: "best-of-n" or "worst-of-n"; the standard procedure counts as N = 1.
+        look: Style of each method.
+    """
+    traces: list[dict[str, Any]] = []
+    sizes: set[int] = set()
+    for result in results:
+        by_n = {
+            entry.n: entry.win_rate
+            for entry in result.procedures
+            if entry.n is not None and entry.spec is not None and entry.spec.get("kind") in ("standard", family)
+        }
+        order = sorted(by_n)
+        sizes.update(order)
+        wins, style = [by_n[n] for n in order], look[result.label]
+        middle = [win.estimate for win in wins]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": _escaped(result.label),
+                "x": order,
+                "y": middle,
+                "error_y": _bars(
+                    middle,
+                    [win.estimate if win.low is None else win.low for win in wins],
+                    [win.estimate if win.high is None else win.high for win in wins],
+                    style.colour,
+                ),
+                "line": {"color": style.colour, "width": 2, "dash": style.dash},
+                "marker": {"color": style.colour, "symbol": style.symbol, "size": 8},
+                "hovertemplate": f"<b>{_escaped(result.label)}</b><br>N = %{{x}}: %{{y:.1%}}<extra></extra>",
+            }
+        )
+    if len(sizes) < 3:
+        return None
+    ticks = sorted(sizes)
+    name = "Best-of-N" if family == "best-of-n" else "Worst-of-N"
+    layout = _layout(
+        x={"title": {"text": "N"}, "type": "log", "tickvals": ticks, "ticktext": [str(n) for n in ticks]},
+        y={"title": {"text": f"{name} win rate"}, "tickformat": ".0%"},
+        height=360,
+    )
+    layout["shapes"] = [_half_line()]
+    return {"data": traces, "layout": layout}
+
+
+CURVES = (  # key in a training record, axis title
+    ("kl", "KL, nats"),
+    ("calibrated_reward", "calibrated reward"),
+    ("beta", "β"),
+)
+
+
+def training_figure(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mapping[str, Style], *, kl_target: float | None = None
+) -> Figure | None:
+    """KL, calibrated reward and β over steps: each step faint, a running mean strong. None if nothing was recorded.
+
+    Args:
+        curves: For each method a list of records with "step" and any of "kl", "calibrated_reward", "beta".
+        look: Style of each method.
+        kl_target: KL budget in nats, drawn as a line.
+    """
+    present = [
+        (key, title)
+        for key, title in CURVES
+        if any(finite_number(record.get(key)) is not None for records in curves.values() for record in records)
+    ]
+    if not present:
+        return None
+    layout = _layout(x={}, y={}, height=150 + 190 * len(present))
+    del layout["xaxis"], layout["yaxis"]
+    traces: list[dict[str, Any]] = []
+    gap, height = 0.08, (1 - 0.08 * (len(present) - 1)) / len(present)
+    for row, (key, title) in enumerate(present):
+        suffix = "" if row == 0 else str(row + 1)
+        top = 1 - row * (height + gap)
+        layout[f"yaxis{suffix}"] = _axis(title={"text": title}, domain=[max(top - height, 0), top], anchor=f"x{suffix}")
+        layout[f"xaxis{suffix}"] = _axis(anchor=f"y{suffix}", showticklabels=row == len(present) - 1)
+        if row:
+            layout[f"xaxis{suffix}"]["matches"] = "x"
+        if row == len(present) - 1:
+            layout[f"xaxis{suffix}"]["title"] = {"text": "training step"}
+        for label, records in curves.items():
+            pairs = [(finite_number(record.get("step")), finite_number(record.get(key))) for record in records]
+            known = [(step, value) for step, value in pairs if step is not None and value is not None]
+            if not known:
+                continue
+            steps, values = [step for step, _ in known], [value for _, value in known]
+            style = look[label]
+            common = {"type": "scatter", "mode": "lines", "xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "x": steps}
+            smooth = _running_mean(values)
+            line = {"color": style.colour, "dash": style.dash}
+            if smooth != values:
+                faint = {"color": style.colour, "width": 1}
+                traces.append(
+                    {**common, "y": values, "line": faint, "opacity": 0.28, "hoverinfo": "skip", "showlegend": False}
+                )
+            traces.append(
+                {
+                    **common,
+                    "y": smooth,
+                    "name": _escaped(label),
+                    "legendgroup": _escaped(label),
+                    "showlegend": row == 0,
+                    "line": {**line, "width": 2.4},
+                    "hovertemplate": f"<b>{_escaped(label)}</b><br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+                }
+            )
+        if key == "kl" and kl_target is not None:
+            layout["shapes"] = [
+                {
+                    "type": "line",
+                    "xref": "paper",
+                    "yref": f"y{suffix}",
+                    "x0": 0,
+                    "x1": 1,
+                    "y0": kl_target,
+                    "y1": kl_target,
+                    "line": {"color": REFERENCE_COLOUR, "dash": "dash", "width": 1.5},
+                    "label": {"text": "budget", "textposition": "start", "font": {"color": REFERENCE_COLOUR}},
+                }
+            ]
+    return {"data": traces, "layout": layout}
+
+
+def histogram_figure(
+    values: Mapping[str, Sequence[float]], look: Mapping[str, Style], *, calibrated: bool, title: str
+) -> Figure | None:
+    """Density of rewards for each method, as steps. None if there are no finite values.
+
+    Args:
+        values: For each method (and the reference) its rewards.
+        look: Style of each method; a label without one is drawn as the reference.
+        calibrated: Whether values lie in [0, 1], where the reference is uniform.
+        title: Title of the horizontal axis.
+    """
+    finite = {label: np.asarray(v, np.float64)[np.isfinite(np.asarray(v, np.float64))] for label, v in values.items()}
+    finite = {label: array for label, array in finite.items() if array.size}
+    if not finite:
+        return None
+    if calibrated:
+        edges = np.linspace(0, 1, 21)
+    else:
+        pooled = np.concatenate(list(finite.values()))
+        low, high = np.quantile(pooled, [0.002, 0.998])
+        edges = np.linspace(low, high if high > low else low + 1, 41)
+    traces: list[dict[str, Any]] = []
+    for label, array in finite.items():
+        # Values beyond the drawn range are kept in the end bins, so that areas stay comparable.
+        counts = np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0]
+        density = counts / (array.size * np.diff(edges))
+        style = look.get(label)
+        colour = REFERENCE_COLOUR if style is None else style.colour
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": _escaped(label),
+                "x": edges.tolist(),
+                "y": [*density.tolist(), float(density[-1])],
+                "line": {"color": colour, "width": 2, "shape": "hv", "dash": "solid" if style is None else style.dash},
+                "hovertemplate": f"<b>{_escaped(label)}</b><br>density %{{y:.2f}}<extra></extra>",
+            }
+        )
+    layout = _layout(x={"title": {"text": title}}, y={"title": {"text": "density"}, "rangemode": "tozero"}, height=320)
+    if calibrated:
+        layout["shapes"] = [{**_half_line(), "y0": 1, "y1": 1}]
+    return {"data": traces, "layout": layout}
+
+
+def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: str | None = None) -> Path:
+    """The frontier as a picture, one panel for each procedure.
+
+    Args:
+        path: Where to write; the suffix chooses the format (png, svg, pdf).
+        panels: Frontiers of the same methods.
+        title: Heading, or None.
+
+    Raises:
+        InputError: If there is no panel, or matplotlib is not installed.
+        StorageError: If the file cannot be written.
+    """
+    if not panels:
+        raise InputError("there is nothing to draw", where="save_frontier_png", mend="Give at least one frontier")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise InputError(
+            "matplotlib is not installed", mend="Install it with: pip install 'infalign[report]'"
+        ) from error
+
+    look = styles([point.label for point in panels[0].points])
+    figure = Canvas(figsize=(4.6 * len(panels) + 0.4, 4.3), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        axes.axhline(0.5, color="#b5bac4", linewidth=1, linestyle=(0, (4, 3)))
+        if panel.limit_kls:
+            axes.plot(panel.limit_kls, panel.limit_win_rates, color=REFERENCE_COLOUR, linewidth=2, label="limit")
+        for point in panel.points:
+            style = look[point.label]
+            axes.errorbar(
+                [point.kl],
+                [point.win_rate],
+                xerr=[[point.kl - point.kl_low], [point.kl_high - point.kl]],
+                yerr=[[point.win_rate - point.low], [point.high - point.win_rate]],
+                color=style.colour,
+                marker=style.marker,
+                markersize=8,
+                linewidth=1.6,
+                label=point.label.replace("$", r"\$").lstrip("_"),
+            )
+        axes.set_title(panel.procedure.replace("$", r"\$"), fontsize=12)
+        axes.set_xlabel("KL(policy ‖ reference), nats")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlim(left=0)
+        axes.grid(color="#e6e8ec", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("win rate over the reference")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 * len(panels)), frameon=False)
+    if title:
+        figure.suptitle(title.replace("$", r"\$"))
+    path = Path(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the figure ({error.strerror or error})", where=str(path), mend="Check folder and free space"
+        ) from error
+    return path
+
+
+def _layout(*, x: dict[str, Any], y: dict[str, Any], height: int) -> dict[str, Any]:
+    """What every figure shares; font and line colours are filled in by the page."""
+    return {
+        "height": height,
+        "margin": {"l": 64, "r": 16, "t": 16, "b": 56},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+        "dragmode": False,  # so that a finger on the figure scrolls the page
+        "xaxis": _axis(**x),
+        "yaxis": _axis(**y),
+    }
+
+
+def _axis(**options: Any) -> dict[str, Any]:
+    """An axis with a grid that shows on light and dark."""
+    return {"gridcolor": "rgba(127,127,127,0.2)", "zeroline": False, "automargin": True, **options}
+
+
+def _half_line() -> dict[str, Any]:
+    """The line at a win rate of one half, where nothing was gained."""
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": 0.5,
+        "y1": 0.5,
+        "layer": "below",
+        "line": {"color": REFERENCE_COLOUR, "dash": "dash", "width": 1.2},
+    }
+
+
+def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> dict[str, Any]:
+    """Error bars from interval ends."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [h - m for m, h in zip(middle, high, strict=True)],
+        "arrayminus": [m - lo for m, lo in zip(middle, low, strict=True)],
+        "color": colour,
+        "thickness": 1.6,
+        "width": 4,
+    }
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Centred mean over about a twentieth of the series, shorter at its ends."""
+    half = len(values) // 40
+    total = np.concatenate(([0.0], np.cumsum(values)))
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return list(values) if half == 0 else ((total[high] - total[low]) / (high - low)).tolist()
+
+
+def finite_number(value: Any) -> float | None:
+    """The value as a float if it is a finite number, else None."""
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _escaped(text: str) -> str:
+    """Plotly reads a little HTML in names; a name is text."""
+    return html.escape(text, quote=False)

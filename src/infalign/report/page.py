@@ -1,0 +1,254 @@
+"""The report: one HTML file that holds everything it needs and asks the network for nothing.
+
+Text of models and prompts never becomes markup: Jinja escapes what it writes, and the samples travel as JSON that the
+page's script puts in place as text nodes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infalign.errors import InputError, StorageError
+from infalign.evaluation.frontier import frontier
+from infalign.evaluation.run import MethodResult, compare
+from infalign.report import figures
+from infalign.report.words import cautions, markdown_table, methods_paragraph, nats, percent, verdict
+
+__all__ = ["ReportData", "markdown_table", "write_report"]
+
+SAMPLE_CHARACTERS = 3_000_000
+"""Text of samples that a page carries; further prompts are left out, and the page says how many."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything a report shows, as plain data.
+
+    Attributes:
+        results: Methods, measured on the same prompts. At least one.
+        procedure: Label of the procedure the user deploys; it leads the page.
+        title: Heading.
+        baseline: Label of the method to compare the others with, or None.
+        headline_procedures: Labels of the table's columns; None for all if there are at most four, else for those with
+            the n of `procedure`, and standard sampling.
+        plan: The stored plan: "best" with "kl" and "beta" is used.
+        settings: The recipe that was run.
+        versions: Package or device name → version.
+        samples: Held-out prompts, each {"prompt": str or list of chat messages, "methods": {label: {"candidates":
+            [{"text", "reward", "calibrated_reward", "finish_reason", "chosen"}, ...]}}}. The reference may be among the
+            methods, under `reference`; wins and losses are then against its chosen response.
+        curves: For each method the training records: {"step", "kl", "calibrated_reward", "beta"}.
+        rewards: For each method, and the reference, {"rewards": [...], "calibrated_rewards": [...]}.
+        reference: Name of the reference in `samples` and `rewards`.
+    """
+
+    results: Sequence[MethodResult]
+    procedure: str
+    title: str = "Inference-aware alignment"
+    baseline: str | None = None
+    headline_procedures: Sequence[str] | None = None
+    plan: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    rewards: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    reference: str = "reference"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ReportData:
+        """From plain JSON, in which each of `results` is what `MethodResult.to_dict` returned.
+
+        Args:
+            data: The fields above.
+
+        Raises:
+            InputError: If a field is missing or unknown.
+        """
+        try:
+            return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"not the data of a report ({error})", mend="Run the evaluation again") from error
+
+    def columns(self) -> list[str]:
+        """Labels of the procedures in the headline table."""
+        if self.headline_procedures is not None:
+            return list(self.headline_procedures)
+        entries = self.results[0].procedures
+        if len(entries) <= 4:
+            return [entry.procedure for entry in entries]
+        n = self.results[0].of(self.procedure).n
+        return [entry.procedure for entry in entries if entry.n in (1, n)]
+
+
+def write_report(path: str | Path, data: ReportData) -> Path:
+    """Write the report.
+
+    Args:
+        path: The HTML file; its folder is made if need be.
+        data: What it shows.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: If there are no results, a label is unknown, or the extra `report` is not installed.
+        StorageError: If the file cannot be written.
+    """
+    path = Path(path)
+    text = render(data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A page that was cut off half-way must not stand in for a whole one.
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the report ({error.strerror or error})", where=str(path), mend="Check folder and free space"
+        ) from error
+    return path
+
+
+def render(data: ReportData) -> str:
+    """The page as text; see `write_report`."""
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is not installed", mend="Install it with: pip install 'infalign[report]'"
+        ) from error
+    if not data.results:
+        raise InputError("there is no result to report", mend="Evaluate at least one method")
+
+    results = list(data.results)
+    comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []
+    columns = data.columns()
+    look = figures.styles([result.label for result in results])
+    samples, left_out = _samples(data)
+    loader = jinja2.PackageLoader("infalign.report", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, nats=nats)
+
+    def asset(name: str) -> str:
+        return loader.get_source(environment, name)[0]
+
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        results=results,
+        columns=columns,
+        findings=verdict(results, data.procedure, comparisons),
+        comparisons=[comparison for comparison in comparisons if comparison.procedure in columns],
+        look=look,
+        strip=_strip_scale(results, columns),
+        cautions=cautions(results),
+        methods_text=methods_paragraph(results, data.plan),
+        figures=_figures(data, results, look),
+        samples=samples,
+        samples_left_out=left_out,
+        settings=_flat(data.settings),
+        plan=_flat({key: value for key, value in (data.plan or {}).items() if key in ("best", "procedure")}),
+        css=asset("report.css"),
+        script=asset("report.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _figures(
+    data: ReportData, results: list[MethodResult], look: Mapping[str, figures.Style]
+) -> dict[str, figures.Figure]:
+    """Every figure that there is data for, by the id of its place in the page."""
+    order = [data.procedure] + [e.procedure for e in results[0].procedures if e.procedure != data.procedure]
+    found: dict[str, figures.Figure | None] = {}
+    frontiers = {label: figures.frontier_figure(frontier(results, label), look) for label in order}
+    for label, figure in frontiers.items():
+        found[f"frontier:{label}"] = figure
+    for family in ("best-of-n", "worst-of-n"):
+        found[family] = figures.win_rate_over_n_figure(results, family, look)
+    target = ((data.plan or {}).get("best") or {}).get("kl")
+    known_curves = {label: records for label, records in data.curves.items() if label in look}
+    found["training"] = figures.training_figure(known_curves, look, kl_target=target)
+    for key, place, title in (
+        ("rewards", "rewards", f"{results[0].reward}, as scored"),
+        ("calibrated_rewards", "calibrated", "calibrated reward"),
+    ):
+        values = {label: entry[key] for label, entry in data.rewards.items() if key in entry}
+        found[place] = figures.histogram_figure(values, look, calibrated=place == "calibrated", title=title)
+    return {place: figure for place, figure in found.items() if figure is not None}
+
+
+def _strip_scale(results: Sequence[MethodResult], columns: Sequence[str]) -> dict[str, float]:
+    """The win rates between which the small interval strips of the table are drawn, one scale for all."""
+    values = [0.5]
+    for result in results:
+        for label in columns:
+            entry = result.of(label)
+            values += [value for value in (entry.win_rate.low, entry.win_rate.high, entry.limit) if value is not None]
+    low, high = min(values), max(values)
+    margin = 0.06 * max(high - low, 0.05)
+    return {"low": low - margin, "high": high + margin}
+
+
+def _samples(data: ReportData) -> tuple[list[dict[str, Any]], int]:
+    """Samples in the form that the page's script reads, and how many did not fit."""
+    kept: list[dict[str, Any]] = []
+    used = 0
+    for sample in data.samples:
+        methods: list[dict[str, Any]] = []
+        reference = _chosen_reward(sample, data.reference)
+        for label, entry in sample["methods"].items():
+            outcome = None
+            reward = _chosen_reward(sample, label)
+            if label != data.reference and reward is not None and reference is not None:
+                outcome = "win" if reward > reference else "loss" if reward < reference else "tie"
+            candidates = [
+                {
+                    "text": str(candidate["text"]),
+                    "reward": figures.finite_number(candidate.get("reward")),
+                    "calibrated": figures.finite_number(candidate.get("calibrated_reward")),
+                    "finish": str(candidate.get("finish_reason") or ""),
+                    "chosen": bool(candidate.get("chosen")),
+                }
+                for candidate in entry["candidates"]
+            ]
+            methods.append({"label": label, "outcome": outcome, "candidates": candidates})
+        prompt = _prompt_text(sample["prompt"])
+        size = len(prompt) + sum(len(c["text"]) for method in methods for c in method["candidates"])
+        if kept and used + size > SAMPLE_CHARACTERS:
+            break
+        used += size
+        kept.append({"prompt": prompt, "methods": methods})
+    return kept, len(data.samples) - len(kept)
+
+
+def _chosen_reward(sample: Mapping[str, Any], label: str) -> float | None:
+    """Reward of the response that the procedure returned."""
+    for candidate in sample["methods"].get(label, {}).get("candidates", ()):
+        if candidate.get("chosen"):
+            return figures.finite_number(candidate.get("reward"))
+    return None
+
+
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as text: a string, or chat messages one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names with their values."""
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)))
+    return rows

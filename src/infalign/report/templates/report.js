@@ -1,0 +1,163 @@
+"use strict";
+// Text of models reaches the page through textContent alone; nothing here writes markup.
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const figures = read("figures-data");
+  const { samples, reference } = read("samples-data");
+  const root = document.documentElement;
+
+  // --- theme: system, light, dark -------------------------------------------------------------------------------
+  const themes = ["system", "light", "dark"];
+  const themeButton = document.getElementById("theme");
+  const setTheme = (name) => {
+    if (name === "system") delete root.dataset.theme;
+    else root.dataset.theme = name;
+    themeButton.textContent = `Theme: ${name}`;
+    themeButton.dataset.name = name;
+  };
+  setTheme("system");
+  themeButton.addEventListener("click", () => {
+    setTheme(themes[(themes.indexOf(themeButton.dataset.name) + 1) % themes.length]);
+    drawAll();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
+
+  // --- figures --------------------------------------------------------------------------------------------------
+  const themed = (layout) => {
+    const style = getComputedStyle(root);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const themedLayout = {
+      ...layout,
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
+    };
+    for (const key of Object.keys(layout).filter((name) => /^[xy]axis/.test(name)))
+      themedLayout[key] = { ...layout[key], linecolor: colour("--line"), tickcolor: colour("--line") };
+    return themedLayout;
+  };
+  const draw = (node) => {
+    const figure = figures[node.dataset.figure];
+    return Plotly.react(node, figure.data, themed(figure.layout), { responsive: true, displayModeBar: false });
+  };
+  const drawAll = () => Promise.all([...document.querySelectorAll("[data-figure]")].map(draw));
+  const choice = document.getElementById("frontier-choice");
+  choice.addEventListener("change", () => {
+    const node = document.getElementById("frontier-plot");
+    node.dataset.figure = choice.value;
+    draw(node);
+  });
+
+  // --- samples --------------------------------------------------------------------------------------------------
+  const PAGE = 8;
+  const element = (tag, className, text) => {
+    const node = document.createElement(tag);
+    if (className) node.className = className;
+    if (text !== undefined) node.textContent = text;
+    return node;
+  };
+  // Invisible characters that reorder text are shown by their code, so that what is read is what was written.
+  const visible = (text) =>
+    text.replace(/[\u202a-\u202e\u2066-\u2069\u200e\u200f\u061c]/g, (mark) => `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  const textBlock = (text, className) => {
+    const node = element("pre", className ? `text ${className}` : "text", text === "" ? "(empty)" : visible(text));
+    node.dir = "auto"; // right-to-left text is laid out as such, and cannot reach beyond its block
+    node.tabIndex = 0;
+    return node;
+  };
+  const number = (value, digits) => (value === null ? "–" : value.toFixed(digits));
+  const score = (candidate) =>
+    `reward ${number(candidate.reward, 3)} · calibrated ${number(candidate.calibrated, 2)}` +
+    (candidate.finish ? ` · ended: ${candidate.finish}` : "");
+  const chosen = (method) => method.candidates.find((candidate) => candidate.chosen) ?? method.candidates[0];
+  const colours = {};
+  for (const row of document.querySelectorAll(".headline tbody tr"))
+    colours[row.querySelector("th").textContent.trim()] = row.style.getPropertyValue("--method");
+
+  const answer = (method) => {
+    const block = element("div", "answer");
+    if (colours[method.label]) block.style.setProperty("--method", colours[method.label]);
+    const title = element("h4", "", method.label);
+    if (method.outcome) title.append(element("span", `chip ${method.outcome}`, method.outcome));
+    block.append(title);
+    const best = chosen(method);
+    if (!best) return block;
+    block.append(textBlock(best.text), element("p", "score", score(best)));
+    if (method.candidates.length > 1) {
+      const more = element("details");
+      more.append(element("summary", "", `all ${method.candidates.length} candidates`));
+      more.addEventListener("toggle", () => {
+        if (more.childElementCount > 1) return;
+        for (const candidate of method.candidates) {
+          const item = element("div", candidate.chosen ? "candidate chosen" : "candidate");
+          item.append(textBlock(candidate.text));
+          item.append(element("p", "score", (candidate.chosen ? "✓ chosen · " : "") + score(candidate)));
+          more.append(item);
+        }
+      });
+      block.append(more);
+    }
+    return block;
+  };
+  const card = (sample) => {
+    const node = element("article", "sample");
+    node.append(element("h3", "", `Prompt ${sample.index + 1}`), textBlock(sample.prompt, "prompt"));
+    const answers = element("div", "answers");
+    answers.append(...sample.methods.map(answer));
+    node.append(answers);
+    return node;
+  };
+
+  const list = document.getElementById("sample-list");
+  if (list) {
+    const control = (name) => document.getElementById(`sample-${name}`);
+    const labels = [];
+    for (const sample of samples)
+      for (const method of sample.methods)
+        if (method.label !== reference && !labels.includes(method.label)) labels.push(method.label);
+    for (const label of labels) control("method").append(new Option(label, label));
+    samples.forEach((sample, index) => {
+      sample.index = index;
+      const texts = sample.methods.flatMap((method) => method.candidates.map((candidate) => candidate.text));
+      sample.haystack = [sample.prompt, ...texts].join("\n").toLowerCase();
+    });
+    const gain = (sample, label) => {
+      const value = (name) => {
+        const method = sample.methods.find((entry) => entry.label === name);
+        return (method && chosen(method)?.calibrated) ?? (method && chosen(method)?.reward) ?? null;
+      };
+      const ours = value(label), theirs = value(reference) ?? 0;
+      return ours === null ? 0 : ours - theirs;
+    };
+    let found = [];
+    let shown = 0;
+    const showMore = () => {
+      const next = found.slice(shown, shown + PAGE);
+      list.append(...next.map(card));
+      shown += next.length;
+      control("more").hidden = shown >= found.length;
+      control("count").textContent = `${found.length} of ${samples.length} prompts match; ${shown} shown.`;
+    };
+    const refresh = () => {
+      const words = control("search").value.trim().toLowerCase();
+      const label = control("method").value;
+      const outcome = control("outcome").value;
+      const order = control("order").value;
+      const matches = (method) => (!label || method.label === label) && (!outcome || method.outcome === outcome);
+      found = samples.filter((sample) => sample.haystack.includes(words) && sample.methods.some(matches));
+      if (order !== "given") {
+        const sign = order === "worst" ? 1 : -1;
+        const by = label || labels[0];
+        found = [...found].sort((a, b) => sign * (gain(a, by) - gain(b, by)));
+      }
+      list.replaceChildren();
+      shown = 0;
+      showMore();
+    };
+    control("form").addEventListener("submit", (event) => event.preventDefault());
+    control("form").addEventListener("input", refresh);
+    control("more").addEventListener("click", showMore);
+    refresh();
+  }
+
+  drawAll().then(() => (root.dataset.ready = "true"));
+})();

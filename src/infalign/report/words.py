@@ -1,0 +1,171 @@
+"""What the numbers say, in plain words: verdict, cautions, a paragraph for a paper, and a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infalign.evaluation.run import Comparison, Measured, MethodResult
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding for the head of the report: its status in a word, and the sentence."""
+
+    resolved: bool
+    sentence: str
+
+
+def percent(measured: Measured) -> str:
+    """A share with its interval, such as "84.1% (82.0 to 86.1)"."""
+    if measured.low is None or measured.high is None:
+        return f"{100 * measured.estimate:.1f}% (no interval)"
+    return f"{100 * measured.estimate:.1f}% ({100 * measured.low:.1f} to {100 * measured.high:.1f})"
+
+
+def nats(measured: Measured) -> str:
+    """A KL with its interval, such as "0.512 (0.481 to 0.543)"."""
+    if measured.low is None or measured.high is None:
+        return f"{measured.estimate:.3f} (no interval)"
+    return f"{measured.estimate:.3f} ({measured.low:.3f} to {measured.high:.3f})"
+
+
+def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequence[Comparison]) -> list[Finding]:
+    """The findings that matter for the procedure in view: each method against the reference, then against the baseline.
+
+    Args:
+        results: Methods.
+        procedure: Label of the procedure the user deploys.
+        comparisons: From `infalign.evaluation.run.compare`; those of other procedures are left out.
+    """
+    findings: list[Finding] = []
+    for result in results:
+        win = result.of(procedure).win_rate
+        resolved = win.low is not None and win.high is not None and not win.low <= 0.5 <= win.high
+        if resolved:
+            claim = f"{result.label} {'beats' if win.estimate > 0.5 else 'loses to'} the reference used the same way"
+        else:
+            claim = f"it is not resolved whether {result.label} differs from the reference used the same way"
+        findings.append(
+            Finding(
+                resolved,
+                f"With {procedure}, {claim}: win rate {percent(win)} at a KL of {nats(result.kl)} nats.",
+            )
+        )
+    findings += [Finding(c.resolved, c.sentence) for c in comparisons if c.procedure == procedure]
+    return findings
+
+
+def cautions(results: Sequence[MethodResult]) -> list[str]:
+    """What not to conclude, the general first and then what these results call for.
+
+    Args:
+        results: Methods.
+    """
+    first = results[0]
+    level = f"{first.confidence:.0%}"
+    found = [
+        f"A win is a higher {first.reward} on the same prompt. It says nothing of what people would prefer, unless "
+        "that reward has been checked against them.",
+        "Intervals cover the choice of prompts and the sampling of responses. They do not cover another training seed, "
+        "another reward, or prompts of another kind.",
+        "A higher win rate at a higher KL is not a better method: compare points at the same KL, or against the limit.",
+        "The limit is the best that any policy can do that depends on a response through its calibrated reward alone, "
+        "at that KL. It is a yardstick under continuous rewards, not a promise that training can reach it.",
+        f"Each interval holds at {level} for itself. Claims marked resolved hold at {level} for all comparisons made "
+        "here together (Holm), and at matched KL if frontiers are concave.",
+    ]
+    if first.num_prompts < 30:
+        found.append(
+            f"There are only {first.num_prompts} prompts. Intervals are then wide, and too narrow where nearly "
+            "every prompt is won or lost."
+        )
+    for result in results:
+        if result.tie_share > 0.05:
+            found.append(
+                f"{result.label}: {result.tie_share:.0%} of the pairs are ties, counted one half. The limit assumes "
+                "none, so it is only a guide here."
+            )
+        if result.truncated_share is not None and result.truncated_share > 0.02:
+            found.append(
+                f"{result.label}: {result.truncated_share:.1%} of the responses were cut off before their end; they "
+                "were judged as they stand."
+            )
+        if result.mean_length is not None and result.ref_mean_length:
+            change = result.mean_length / result.ref_mean_length - 1
+            if abs(change) > 0.1:
+                found.append(
+                    f"{result.label}: responses are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than the "
+                    "reference's. If the reward likes length, part of the win rate may be length."
+                )
+    return found
+
+
+def methods_paragraph(results: Sequence[MethodResult], plan: Mapping[str, Any] | None) -> str:
+    """How the numbers were made, ready to be pasted in a paper.
+
+    Args:
+        results: Methods.
+        plan: The stored plan, or None.
+    """
+    first = results[0]
+    names = ", ".join(entry.procedure for entry in first.procedures)
+    text = (
+        f"On {first.num_prompts} held-out prompts we drew {first.num_samples} fresh responses from each policy and "
+        f"{first.num_ref_samples} from the reference, and scored them with {first.reward}. Win rates of an "
+        "inference-time procedure applied to the policy over the same procedure applied to the reference "
+        f"({names}) are averages over all subsets of the required size without replacement, which is unbiased; ties "
+        f"count one half. Standard errors are clustered by prompt; {first.confidence:.0%} intervals are score "
+        "intervals with the effective number of prompts and Student's t. Differences between methods are paired by "
+        "prompt, tested with a paired t test and adjusted by Holm's method over all comparisons. The KL divergence is "
+        "the reverse sequence-level KL of the policy from the reference in nats, estimated from full responses. The "
+        "theoretical limit is the win rate of the optimal transform of calibrated rewards at the same KL (InfAlign, "
+        "arXiv:2412.19792)."
+    )
+    best = (plan or {}).get("best")
+    if isinstance(best, Mapping) and isinstance(best.get("kl"), int | float):
+        text += f" Training aimed at a KL of {best['kl']:.3g} nats"
+        beta = best.get("beta")
+        text += f" (β = {beta:.4g} in theory)." if isinstance(beta, int | float) else "."
+    return text
+
+
+def markdown_table(
+    results: Sequence[MethodResult],
+    comparisons: Sequence[Comparison] = (),
+    *,
+    procedures: Sequence[str] | None = None,
+) -> str:
+    """The headline table in Markdown, followed by the findings of the comparisons.
+
+    Args:
+        results: Methods, one row each; a last row gives the limit at the largest measured KL among them.
+        comparisons: Their sentences are listed below the table.
+        procedures: Labels of the columns, or None for all of the first method.
+    """
+    if not results:
+        return ""
+    labels = list(procedures) if procedures is not None else [entry.procedure for entry in results[0].procedures]
+    lines = [
+        "| method | KL, nats | " + " | ".join(_cell(f"{label} win rate") for label in labels) + " |",
+        "|---|---|" + "---|" * len(labels),
+    ]
+    for result in results:
+        cells = [percent(result.of(label).win_rate) for label in labels]
+        lines.append(f"| {_cell(result.label)} | {nats(result.kl)} | " + " | ".join(cells) + " |")
+    furthest = max(results, key=lambda result: result.kl.estimate)
+    limits = [furthest.of(label).limit for label in labels]
+    if any(value is not None for value in limits):
+        cells = ["" if value is None else f"{100 * value:.1f}%" for value in limits]
+        lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
+    lines += ["", f"{results[0].num_prompts} prompts; {results[0].confidence:.0%} intervals clustered by prompt."]
+    lines += [f"- {_cell(c.sentence)}" for c in comparisons if c.procedure in labels]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a table cell nor starts markup."""
+    for mark in "\\|<>*_`[]":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
