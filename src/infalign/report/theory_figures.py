@@ -82,21 +82,32 @@ def frontier_panel(
     kls = np.linspace(0.0, np.sqrt(limit.kl[-1]), 200) ** 2
     lines = [Line("optimal (the limit)", kls, limit.at(kls), True)]
     for label, transform in transforms:
-        tilts = [TiltedPolicy(transform, beta) for beta in np.geomspace(30.0, 1e-3, 36)]
-        kept = [tilt for tilt in tilts if tilt.kl <= 1.15 * max_kl]
-        x, y = np.array([tilt.kl for tilt in kept]), np.array([tilt.win_rate(procedure, opponent) for tilt in kept])
+        x, y = _curve(transform, procedure, float(limit.kl[-1]), opponent)
         lines.append(Line(label, x, y))
     title = f"{procedure.label} against {(opponent or procedure).label}"
     return Panel(title, "KL from the reference, nats", "win rate", (*lines, *points))
+
+
+def _curve(
+    transform: RewardTransform, procedure: InferenceProcedure, max_kl: float, opponent: InferenceProcedure | None
+) -> tuple[Array, Array]:
+    """KL and win rate of a fixed transform as β varies, about evenly spaced in sqrt(KL), up to a KL."""
+    betas = np.geomspace(100.0, 1e-6, 60)
+    roots = np.sqrt(np.array([TiltedPolicy(transform, beta).kl for beta in betas]))
+    wanted = np.linspace(roots[0], min(np.sqrt(max_kl), roots[-1]), 40)
+    tilts = [TiltedPolicy(transform, beta) for beta in np.exp(np.interp(wanted, roots, np.log(betas)))]
+    return np.array([tilt.kl for tilt in tilts]), np.array([tilt.win_rate(procedure, opponent) for tilt in tilts])
 
 
 def plan_panels(plan: Plan) -> tuple[Panel, Panel]:
     """A plan as two panels: the transforms at its KL, and the frontier with every alternative."""
     options = (plan.best, *plan.alternatives)
     named = [(option.label, option.transform) for option in plan.alternatives if not option.label.startswith("top-1")]
+    # The alternatives lie on their curves; marked are this plan and the choices that have no curve.
     points = [
         Line(f"{option.label}, at this KL", np.array([option.kl]), np.array([option.win_rate]), option is plan.best)
         for option in options
+        if option is plan.best or option.label.startswith("top-1")
     ]
     left = transform_panel(
         [(option.label, option.transform) for option in options], f"Transforms at KL = {plan.best.kl:.3g}"
