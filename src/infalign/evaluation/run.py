@@ -27,7 +27,7 @@ from infalign.estimators import (
     win_rates,
 )
 from infalign.procedures import InferenceProcedure
-from infalign.theory import limit
+from infalign.theory.plan import limit
 
 
 @dataclass(frozen=True)
