@@ -145,7 +145,7 @@ class FunctionReward(RewardSource):
 
     def _checked(self, values: Any, count: int, first_row: int) -> Scores:
         try:
-            listed = list(values)
+            listed = values.tolist() if hasattr(values, "tolist") else list(values)
         except TypeError as error:
             raise RewardError(f"it returned a {type(values).__name__}, not a list", where=self.key,
                               mend="Return one number per completion") from error  # fmt: skip
@@ -155,7 +155,7 @@ class FunctionReward(RewardSource):
         rewards = np.empty(count)
         errors: list[str | None] = [None] * count
         for row, value in enumerate(listed):
-            value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+            value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy or torch scalar
             if value is None:
                 rewards[row], errors[row] = np.nan, "the function returned None"
             elif not isinstance(value, numbers.Real):
