@@ -137,7 +137,7 @@ def test_split_does_not_depend_on_the_other_examples(examples, tmp_path):
 
 
 def test_pairs(examples):
-    pairs = preference_pairs(examples, seed=3)
+    pairs = preference_pairs(examples, seed=3, per_example=1)
     assert [p.source for p in pairs] == [e.source for e in examples]
     assert all(p.chosen == e.completion and p.held_out == e.held_out for p, e in zip(pairs, examples, strict=True))
     assert all(p.rejected != p.chosen and p.rejected for p in pairs)
@@ -163,8 +163,8 @@ def test_pairs(examples):
 
 def test_pairs_are_seeded(examples):
     some = examples[:300]
-    assert preference_pairs(some, seed=1) == preference_pairs(some, seed=1)
-    assert preference_pairs(some, seed=1) != preference_pairs(some, seed=2)
+    assert preference_pairs(some, seed=1, per_example=1) == preference_pairs(some, seed=1, per_example=1)
+    assert preference_pairs(some, seed=1, per_example=1) != preference_pairs(some, seed=2, per_example=1)
 
 
 def test_several_pairs_per_example_differ_in_kind(examples):

@@ -35,7 +35,7 @@ SKIPPED_FOLDERS = frozenset(
         "turtledemo",
     }
 )
-MIN_WORDS, MAX_WORDS = 3, 16
+MIN_WORDS, MAX_WORDS = 3, 12
 MAX_PARAMETERS = 5
 MAX_DEFAULT_LENGTH = 12
 MAX_PROMPT_LENGTH = 96
@@ -89,7 +89,7 @@ def docstring_examples(root: str | os.PathLike[str] | None = None) -> list[Examp
     return examples
 
 
-def preference_pairs(examples: Sequence[Example], seed: int, *, per_example: int = 1) -> list[Pair]:
+def preference_pairs(examples: Sequence[Example], seed: int, *, per_example: int = 3) -> list[Pair]:
     """Set every true sentence against plausible wrong ones.
 
     The kinds of `KINDS` are dealt in turn within each part, so they are equally frequent; a kind that an example does
