@@ -1,0 +1,1 @@
+"""Solvers of KL-regularised RL with a calibrated and transformed reward."""

@@ -1,0 +1,53 @@
+"""Progress on stderr: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class ConsoleReporter:
+    """Tells what the pipeline is doing; hands each stage a progress callback."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A stage in progress: yields the callback (done, total, text)."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.fields[title]}", justify="left"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task("", total=None, title=title, text="")
+                yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
+        else:
+            last = started
+
+            def line(done: int, total: int, text: str) -> None:
+                nonlocal last
+                now = time.monotonic()
+                if now - last >= SECONDS_BETWEEN_LINES:
+                    last = now
+                    self.say(f"  {title}: {done}/{total}  {text}")
+
+            self.say(f"{title} …")
+            yield line
+        self.say(f"{title}: done in {time.monotonic() - started:.0f} s")

@@ -1,0 +1,58 @@
+"""The command line: one file per verb, errors as one plain message.
+
+Exit codes: 0 success, 1 a fault of this library, 2 something the user can mend, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+import infalign
+from infalign.cli.plan import plan_command
+from infalign.cli.quickstart import quickstart_command
+from infalign.cli.run import (
+    calibrate_command,
+    evaluate_command,
+    report_command,
+    rollout_command,
+    run_command,
+    train_command,
+)
+from infalign.errors import InfalignError
+
+app = typer.Typer(
+    name="infalign",
+    help="Align a language model for the way it will be used: Best-of-N, Worst-of-N, or any inference-time procedure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("quickstart")(quickstart_command)
+app.command("plan")(plan_command)
+app.command("run")(run_command)
+app.command("rollout")(rollout_command)
+app.command("calibrate")(calibrate_command)
+app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        typer.echo(infalign.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `infalign` command."""
+    try:
+        app()
+    except InfalignError as error:
+        console = Console(stderr=True, highlight=False)
+        console.print("[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)

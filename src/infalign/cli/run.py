@@ -1,0 +1,108 @@
+"""`infalign run` and its stages one by one: rollout, calibrate, train, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infalign.cli.console import ConsoleReporter
+
+RecipeFile = Annotated[Path, typer.Argument(help="The experiment: a YAML file, see recipes/.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything that can be checked and print the plan.")]
+
+
+def run_command(
+    recipe: RecipeFile, set_: Set = None, out: Out = None, dry_run: DryRun = False, json_: Json = False
+) -> None:
+    """All stages of a recipe; stopped at any moment, the same command goes on from there."""
+    execute(recipe, set_, out, only=None, dry_run=dry_run, as_json=json_)
+
+
+def rollout_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Draw reference rollouts and score them (after training the testbed's models, where a recipe has them)."""
+    execute(recipe, set_, out, only="rollout", as_json=json_)
+
+
+def calibrate_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Fit the calibration to the scored rollouts and choose beta and transforms."""
+    execute(recipe, set_, out, only="calibrate", as_json=json_)
+
+
+def train_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Align the policy, once with each transform."""
+    execute(recipe, set_, out, only="train", as_json=json_)
+
+
+def evaluate_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Measure win rates and KL on held-out prompts with fresh rollouts."""
+    execute(recipe, set_, out, only="evaluate", as_json=json_)
+
+
+def report_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Write the HTML report of an evaluated run."""
+    execute(recipe, set_, out, only="report", as_json=json_)
+
+
+def execute(
+    recipe_file: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    *,
+    only: str | None,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Run a recipe, or one group of its stages, and print what came out."""
+    from infalign.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    # A reward given as module:function may lie where the user stands or beside the recipe.
+    for folder in (str(recipe_file.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    out = out or Path("runs") / recipe.name
+    reporter = ConsoleReporter()
+    reporter.say("Loading libraries …")
+    from infalign.pipeline import Pipeline
+
+    _silence_libraries()
+    pipeline = Pipeline(recipe, out, reporter)
+    if dry_run:
+        print_result(pipeline.check(), as_json)
+        return
+    try:
+        result = pipeline.run(only)
+    except KeyboardInterrupt:
+        reporter.say("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    print_result(result, as_json)
+
+
+def print_result(result: dict[str, object], as_json: bool) -> None:
+    """JSON alone, or the text meant for a person, on stdout."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        typer.echo(result["text"])
+
+
+def _silence_libraries() -> None:
+    """The pipeline shows its own progress; the libraries' bars and notes to their own developers would drown it."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch|peft)\.")

@@ -1,0 +1,97 @@
+"""What a recipe reads: prompts, and the text of its testbed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from infalign.data import Prompt, PromptSet, load_prompts, read_rows
+from infalign.errors import InputError
+from infalign.recipe import Recipe
+from infalign.run_folder import file_fingerprint
+from infalign.testbed.corpus import docstring_corpus, examples_from_rows, pairs_from_rows
+from infalign.testbed.examples import Example, Pair
+
+
+def testbed_text(recipe: Recipe) -> tuple[list[Example], list[Pair]]:
+    """Demonstrations and preferences to train the testbed's models on.
+
+    Raises:
+        InputError: If a file or column is missing.
+    """
+    testbed = recipe.testbed
+    assert testbed is not None, "the caller checked"
+    if testbed.corpus == "docstrings":
+        return docstring_corpus(recipe.seed)
+    shown = testbed.demonstrations
+    assert shown is not None, "held by the recipe"
+    rows = read_rows(shown.source, columns=[shown.prompt, shown.completion], split=shown.split, limit=shown.limit)
+    examples = examples_from_rows(rows, prompt=shown.prompt, completion=shown.completion, held_out=testbed.held_out)
+    pairs: list[Pair] = []
+    for told in testbed.preferences:
+        columns = {"prompt": told.prompt, "chosen": told.chosen, "rejected": told.rejected}
+        rows = read_rows(told.source, columns=list(columns.values()), split=told.split, limit=told.limit)
+        pairs += pairs_from_rows(rows, **columns, held_out=testbed.held_out)
+    return examples, pairs
+
+
+def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
+    """Training prompts and evaluation prompts, without overlap.
+
+    Raises:
+        InputError: If a file or column is missing, a prompt is empty, or two given files overlap.
+    """
+    settings = recipe.prompts
+    if settings.source is None:
+        examples, _ = testbed_text(recipe)
+        train = _unique(Prompt(e.prompt) for e in examples if not e.held_out)
+        seen = {prompt.id for prompt in train}
+        evaluation = [p for p in _unique(Prompt(e.prompt) for e in examples if e.held_out) if p.id not in seen]
+        return PromptSet(tuple(train[: settings.train])), PromptSet(tuple(evaluation[: settings.evaluation]))
+    one_file = settings.evaluation_source is None
+    held_out = settings.held_out if one_file else None
+    common: dict[str, Any] = {"column": settings.column, "split": settings.split, "held_out": held_out}
+    train = load_prompts(settings.source, **common, limit=settings.train)
+    evaluation = load_prompts(
+        settings.evaluation_source or settings.source,
+        **common,
+        limit=settings.evaluation,
+        side="held_out" if one_file else "train",
+    )
+    overlap = set(train.ids) & set(evaluation.ids)
+    if overlap:
+        raise InputError(
+            f"{len(overlap)} evaluation prompts are also training prompts",
+            where=str(settings.evaluation_source),
+            mend="Remove them from one of the two files",
+        )
+    return train, evaluation
+
+
+def testbed_fingerprint(recipe: Recipe) -> Any:
+    """What the testbed's text is made from, for a stage's fingerprint."""
+    testbed = recipe.testbed
+    assert testbed is not None, "the caller checked"
+    if testbed.corpus == "docstrings":
+        return {"python": platform.python_version()}
+    return [source_fingerprint(rows.source) for rows in (testbed.demonstrations, *testbed.preferences) if rows]
+
+
+def prompts_fingerprint(recipe: Recipe) -> Any:
+    """What the prompts are read from, for a stage's fingerprint."""
+    settings = recipe.prompts
+    if settings.source is None:
+        return {"testbed": testbed_fingerprint(recipe), "seed": recipe.seed}
+    return [source_fingerprint(source) for source in (settings.source, settings.evaluation_source) if source]
+
+
+def source_fingerprint(source: str) -> str:
+    """Content hash of a file; a hub name stands for itself."""
+    path = Path(source)
+    return file_fingerprint(path) if path.is_file() else source
+
+
+def _unique(prompts: Iterable[Prompt]) -> list[Prompt]:
+    return list({prompt.id: prompt for prompt in prompts}.values())

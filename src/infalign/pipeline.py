@@ -1,0 +1,307 @@
+"""The stages of a run, in order: rollouts → calibration → training → evaluation → report.
+
+What each stage depends on is written here; the work itself is in `stages.py`. A stage is skipped when its inputs have
+not changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from infalign.checks import check_recipe
+from infalign.errors import InfalignError, StorageError
+from infalign.evaluation.run import MethodResult
+from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
+from infalign.recipe import Recipe
+from infalign.report.table import text_table
+from infalign.rollouts.key import model_fingerprint
+from infalign.rollouts.progress import Progress
+from infalign.run_folder import RunFolder, fingerprint
+from infalign.stages import Stages
+
+GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
+
+
+class Reporter(Protocol):
+    """Tells the user what is going on."""
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        ...
+
+    def stage(self, title: str) -> AbstractContextManager[Progress]:
+        """A stage in progress."""
+        ...
+
+
+class Pipeline:
+    """One recipe in one run folder.
+
+    Args:
+        recipe: The experiment.
+        out: The run folder.
+        reporter: Tells the user what is going on.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.reporter = reporter
+        self.stages = Stages(recipe, out, reporter.say)
+        self._only: str | None = None
+
+    def run(self, only: str | None = None) -> dict[str, Any]:
+        """Do every stage, or one group of them on top of finished earlier ones.
+
+        Args:
+            only: One of `GROUPS`; `None` for all.
+
+        Returns:
+            `text` for a person, and what the last group produced for a program.
+
+        Raises:
+            MismatchError: If an earlier stage that is needed is missing or was made with other settings.
+        """
+        self._only = only
+        self.check()
+        self.folder = RunFolder(self.out, self.recipe.name)
+        do = (self._rollout, self._calibrate, self._train, self._evaluate, self._report)
+        last = len(GROUPS) if only is None else GROUPS.index(only) + 1
+        result: dict[str, Any] = {}
+        for group in do[:last]:
+            result = group()
+        return result
+
+    def check(self) -> dict[str, Any]:
+        """Check what can be checked before anything is computed: files, columns, models, lengths, memory.
+
+        Returns:
+            `text`: the plan in words; and its numbers.
+        """
+        return check_recipe(self.recipe, self.out)
+
+    # --- what depends on what ---
+
+    def _rollout(self) -> dict[str, Any]:
+        recipe, stages = self.recipe, self.stages
+        self._prepare_models()
+        sources = {"source", "evaluation_source"}
+        self._stage(
+            "prompts",
+            "rollout",
+            {"sources": prompts_fingerprint(recipe), **recipe.prompts.model_dump(exclude=sources)},
+            ["prompts"],
+            stages.split_prompts,
+        )
+        self._stage(
+            "rollouts",
+            "rollout",
+            {
+                "reference": self._reference,
+                "prompts": self._print_of("prompts"),
+                **recipe.rollouts.model_dump(exclude={"batch_size"}),
+                "seed": recipe.seed,
+            },
+            ["rollouts/reference"],
+            stages.draw_reference,
+            title=f"Draw {recipe.rollouts.num_ref} reference rollouts per prompt",
+        )
+        self._stage(
+            "scores",
+            "rollout",
+            {"rollouts": self._print_of("rollouts"), "reward": self._reward},
+            [],  # rewards lie beside the rollouts, one column set per source: nothing to put aside
+            stages.score_reference,
+            title="Score the reference rollouts",
+        )
+        prompts = len(stages.prompts("train"))
+        count, where = prompts * recipe.rollouts.num_ref, self.out / "rollouts" / "reference"
+        return {
+            "text": f"{count} scored reference rollouts of {prompts} prompts in {where}",
+            "rollouts": count,
+            "prompts": prompts,
+            "store": str(where),
+        }
+
+    def _calibrate(self) -> dict[str, Any]:
+        recipe, stages = self.recipe, self.stages
+        self._stage(
+            "calibration",
+            "calibrate",
+            {"scores": self._print_of("scores"), **recipe.calibration.model_dump()},
+            ["calibration"],
+            stages.fit_calibration,
+            title="Calibrate the reward",
+        )
+        files = [source_fingerprint(t["file"]) for t in recipe.transforms if isinstance(t, dict) and "file" in t]
+        chosen = recipe.model_dump(include={"procedure", "beta", "kl_budget"})
+        self._stage(
+            "plan",
+            "calibrate",
+            {**chosen, "transforms": recipe.transforms, "files": files},
+            ["plan.json"],
+            stages.make_plan,
+            title="Choose beta and transforms",
+        )
+        plan, summary = stages.read_json("plan.json"), stages.read_json("calibration/summary.json")
+        lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
+        for entry in plan["transforms"]:
+            lines.append(f"{entry['name']}: beta {entry['beta']:.4g} for a planned KL of {plan['kl']:.3f} nats")
+        return {"text": "\n".join(lines), "calibration": summary, "plan": plan}
+
+    def _train(self) -> dict[str, Any]:
+        recipe, stages = self.recipe, self.stages
+        trained: dict[str, Any] = {}
+        for planned in stages.planned():
+            name = planned.name
+            self._stage(
+                f"align-{name}",
+                "train",
+                {
+                    "calibration": self._print_of("calibration"),
+                    "transform": fingerprint(planned.transform.to_dict()),
+                    "beta": planned.beta,
+                    "kl_budget": recipe.kl_budget,
+                    "training": recipe.training.model_dump(exclude={"save_steps"}),
+                    "seed": recipe.seed,
+                },
+                [f"policies/{name}"],
+                partial(stages.align, planned),
+                title=f"Align ({name})",
+            )
+            beta = stages.read_json(f"policies/{name}/result.json")["beta"]
+            trained[name] = {"beta": beta, "model": str(stages.policy_folder(name))}
+        lines = [f"{name}: {entry['model']} (final beta {entry['beta']:.4g})" for name, entry in trained.items()]
+        return {"text": "\n".join(lines), "policies": trained}
+
+    def _evaluate(self) -> dict[str, Any]:
+        recipe, stages = self.recipe, self.stages
+        models = {"reference": (stages.reference, self._reference)}
+        for planned in stages.planned():
+            models[planned.name] = (str(stages.policy_folder(planned.name)), self._print_of(f"align-{planned.name}"))
+        for number, (name, (model, made_by)) in enumerate(models.items(), start=1):
+            self._stage(
+                f"evaluation-{name}",
+                "evaluate",
+                {
+                    "model": made_by,
+                    "reference": self._reference,
+                    "prompts": self._print_of("prompts"),
+                    "reward": self._reward,
+                    "num_samples": recipe.evaluation.num_samples,
+                    "max_new_tokens": recipe.rollouts.max_new_tokens,
+                    "seed": recipe.seed,
+                },
+                [f"rollouts/evaluation-{name}"],
+                partial(stages.draw_for_evaluation, name, model, number),
+                title=f"Fresh rollouts ({name})",
+            )
+        self._stage(
+            "evaluation",
+            "evaluate",
+            {
+                "rollouts": [self._print_of(f"evaluation-{name}") for name in models],
+                "procedure": recipe.procedure,
+                "kl_budget": recipe.kl_budget,
+                **recipe.evaluation.model_dump(),
+            },
+            ["evaluation.json"],
+            stages.measure,
+            title="Measure win rates and KL",
+        )
+        return self._results()
+
+    def _report(self) -> dict[str, Any]:
+        self._stage(
+            "report",
+            "report",
+            {"evaluation": self._print_of("evaluation")},
+            ["report.html"],
+            self.stages.write_report,
+            title="Write the report",
+        )
+        path = str(self.out / "report.html")
+        results = self._results()
+        return {**results, "text": f"{results['text']}\n\nReport: {path}", "report": path}
+
+    def _results(self) -> dict[str, Any]:
+        content = self.stages.read_json("evaluation.json")
+        results = [MethodResult.from_dict(entry) for entry in content["results"]]
+        return {"text": text_table(results, content["comparisons"], content["kl_budget"]), **content}
+
+    def _prepare_models(self) -> None:
+        """Know what the reference and the reward are; train the testbed's where the recipe brings none."""
+        recipe, stages = self.recipe, self.stages
+        testbed = None if recipe.testbed is None else recipe.testbed.model_dump()
+        if recipe.policy.model is not None:
+            self._reference = model_fingerprint(recipe.policy.model)
+        else:
+            assert testbed is not None, "held by the recipe"
+            settings = {key: value for key, value in testbed.items() if key != "reward_model"}
+            self._stage(
+                "reference",
+                "rollout",
+                {"testbed": settings, "text": testbed_fingerprint(recipe), "seed": recipe.seed},
+                ["models/reference"],
+                stages.train_reference,
+                title="Train the reference policy",
+            )
+            self._reference = self._print_of("reference")
+        if recipe.reward.model is not None or recipe.reward.function is not None:
+            settings = recipe.reward.model_dump(exclude={"batch_size"})
+            self._reward = fingerprint([stages.reward_source().key, settings])
+        else:
+            settings = {"reference": self._reference, "testbed": testbed, "text": testbed_fingerprint(recipe)}
+            self._stage(
+                "reward-model",
+                "rollout",
+                {**settings, "seed": recipe.seed},
+                ["models/reward"],
+                stages.train_reward_model,
+                title="Train the reward model",
+            )
+            self._reward = self._print_of("reward-model")
+
+    # --- doing it ---
+
+    def _stage(
+        self,
+        name: str,
+        group: str,
+        settings: Mapping[str, Any],
+        outputs: list[str],
+        work: Callable[[Progress], None],
+        *,
+        title: str | None = None,
+    ) -> None:
+        """Do one stage unless it is done; of a group that was not asked for, only make sure that it is done."""
+        title = title or name.capitalize()
+        if self._only is not None and group != self._only:
+            self.folder.require(name, settings)
+            return
+        if not self.folder.begin(name, settings, outputs):
+            self.reporter.say(f"{title}: done before")
+            return
+        started = time.monotonic()
+        try:
+            with self.reporter.stage(title) as progress:
+                work(progress)
+        except OSError as error:
+            if isinstance(error, InfalignError):
+                raise
+            raise StorageError(
+                f"the stage {name!r} could not read or write a file ({error})",
+                where=str(self.out),
+                mend="Make room or permissions; the same command goes on from here",
+            ) from error
+        self.folder.finish(name, time.monotonic() - started)
+
+    def _print_of(self, stage: str) -> str:
+        stamp = self.folder.stamp(stage)
+        assert stamp is not None, f"{stage} comes earlier"
+        return stamp.fingerprint

@@ -1,0 +1,369 @@
+"""The experiment as one typed YAML file.
+
+Unknown keys are refused with a suggestion; relative paths are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from infalign.errors import InputError, StorageError
+from infalign.procedures import InferenceProcedure, procedure_from_dict
+from infalign.transforms import Exponential, Identity, Log, RewardTransform
+
+_SHORT_PROCEDURE = re.compile(r"^(best-of|worst-of)-(\d+)$")
+
+
+def _procedure_dict(value: Any) -> Any:
+    """`best-of-4` for `{kind: best-of-n, n: 4}`; anything else as it is."""
+    if isinstance(value, str):
+        short = _SHORT_PROCEDURE.match(value)
+        value = {"kind": f"{short[1]}-n", "n": int(short[2])} if short else {"kind": value}
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise ValueError("a procedure is written best-of-4, worst-of-4, standard, or {kind: best-of-n, n: 4}")
+    procedure_from_dict(dict(value))
+    return dict(value)
+
+
+def _transform_value(value: Any) -> Any:
+    """`optimal`, `identity`, `log`, `{exponential: t}` or `{file: transform.json}`."""
+    if isinstance(value, str) and value in {"optimal", "identity", "log"}:
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        (kind, argument), *_ = value.items()
+        if kind == "exponential" and isinstance(argument, int | float):
+            return {"exponential": float(argument)}
+        if kind == "file" and isinstance(argument, str):
+            return {"file": argument}
+    raise ValueError("a transform is one of: optimal, identity, log, {exponential: t}, {file: transform.json}")
+
+
+Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
+Transform = Annotated[str | dict[str, Any], BeforeValidator(_transform_value)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Rows(_Section):
+    """Where rows of text come from: JSONL, JSONL.gz, Parquet, or a hub data set."""
+
+    source: str
+    split: str | None = None
+    limit: Count | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+class TinyReference(_Section):
+    """Size and training of a reference policy trained from scratch; what is left out takes the testbed's default."""
+
+    vocab_size: Count | None = None
+    hidden_size: Count | None = None
+    num_layers: Count | None = None
+    num_heads: Count | None = None
+    max_length: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+
+
+class TinyReward(_Section):
+    """Training of a tiny reward model, and its size if not the reference's; what is left out takes the default."""
+
+    hidden_size: Count | None = None
+    num_layers: Count | None = None
+    num_heads: Count | None = None
+    max_length: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+
+
+class Testbed(_Section):
+    """Train a tiny reference policy and reward model first; `corpus: docstrings` needs no data at all."""
+
+    corpus: Literal["docstrings"] | None = None
+    demonstrations: Rows | None = None
+    preferences: list[Rows] = []
+    held_out: Share = 0.1
+    reference: TinyReference = TinyReference()
+    reward_model: TinyReward = TinyReward()
+
+    @model_validator(mode="after")
+    def _one_corpus(self) -> Testbed:
+        if (self.corpus is None) == (self.demonstrations is None or not self.preferences):
+            raise ValueError("give either corpus: docstrings, or both demonstrations and preferences")
+        return self
+
+
+class Policy(_Section):
+    """The reference policy, where alignment starts."""
+
+    model: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class Reward(_Section):
+    """What scores a response: a sequence-classification model, or a Python function `module:function`."""
+
+    model: str | None = None
+    function: str | None = None
+    batch_size: Count = 64
+    max_length: Count | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reward:
+        if self.model is not None and self.function is not None:
+            raise ValueError("give model or function, not both")
+        return self
+
+
+class Prompts(_Section):
+    """Prompts to train on, and prompts kept apart for evaluation."""
+
+    source: str | None = None
+    split: str | None = None
+    column: str = "prompt"
+    train: Count = 512
+    evaluation: Count = 128
+    held_out: Share = 0.2
+    evaluation_source: str | None = None
+
+
+class Rollouts(_Section):
+    """Reference rollouts used to calibrate."""
+
+    num_ref: Annotated[int, Field(ge=2)] = 64
+    max_new_tokens: Count = 128
+    batch_size: Count | None = None
+
+
+class Calibration(_Section):
+    """How scores become quantiles."""
+
+    ties: Literal["midrank", "strict", "inclusive", "random"] = "midrank"
+
+
+class Training(_Section):
+    """The online solver; `rloo` takes any further field of TRL's RLOOConfig."""
+
+    steps: Count = 200
+    prompts_per_step: Count = 16
+    num_generations: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Positive = 1e-5
+    lora: dict[str, Any] | None = None
+    save_steps: Count = 25
+    rloo: dict[str, Any] = {}
+
+
+class Evaluation(_Section):
+    """Fresh rollouts of every model on held-out prompts."""
+
+    num_samples: Annotated[int, Field(ge=2)] = 32
+    procedures: list[Procedure] = [{"kind": "standard"}, {"kind": "best-of-n", "n": 4}, {"kind": "worst-of-n", "n": 4}]
+    confidence: Share = 0.95
+
+
+class Recipe(_Section):
+    """One experiment. See `recipes/` for worked examples."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = 0
+    testbed: Testbed | None = None
+    policy: Policy = Policy()
+    reward: Reward = Reward()
+    prompts: Prompts = Prompts()
+    procedure: Procedure = {"kind": "best-of-n", "n": 4}
+    rollouts: Rollouts = Rollouts()
+    calibration: Calibration = Calibration()
+    transform: Transform = "optimal"
+    compare_with: list[Transform] = ["identity"]
+    beta: Positive | None = None
+    kl_budget: Positive | None = None
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if (self.beta is None) == (self.kl_budget is None):
+            raise ValueError("give exactly one of beta and kl_budget")
+        if self.testbed is None:
+            for section, given in (
+                ("policy.model", self.policy.model),
+                ("reward.model or reward.function", self.reward.model or self.reward.function),
+                ("prompts.source", self.prompts.source),
+            ):
+                if given is None:
+                    raise ValueError(f"{section} is missing (only a recipe with a testbed can do without)")
+        elif self.testbed.corpus is None and self.prompts.source is None:
+            raise ValueError("prompts.source is missing (only the docstrings testbed brings its own prompts)")
+        needed = max((procedure_from_dict(p).n or 1) for p in self.evaluation.procedures)
+        if self.evaluation.num_samples < needed:
+            raise ValueError(
+                f"evaluation.num_samples is {self.evaluation.num_samples}, but its procedures draw up to {needed}"
+            )
+        names = [transform_name(t) for t in self.transforms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
+        return self
+
+    @property
+    def transforms(self) -> list[str | dict[str, Any]]:
+        """The recipe's transform and those it is compared with."""
+        return [self.transform, *self.compare_with]
+
+    @property
+    def target_procedure(self) -> InferenceProcedure:
+        """The procedure that the model will be used through."""
+        return procedure_from_dict(self.procedure)
+
+    @property
+    def evaluation_procedures(self) -> list[InferenceProcedure]:
+        """The procedures evaluated; the target procedure is always among them."""
+        procedures = [procedure_from_dict(p) for p in self.evaluation.procedures]
+        return procedures if self.target_procedure in procedures else [*procedures, self.target_procedure]
+
+
+def transform_name(transform: str | Mapping[str, Any]) -> str:
+    """A short name that can be a folder: `optimal`, `exponential-10`, `transform`."""
+    if isinstance(transform, str):
+        return transform
+    if "exponential" in transform:
+        return f"exponential{transform['exponential']:+g}"
+    return Path(transform["file"]).stem
+
+
+def named_transform(transform: str | Mapping[str, Any]) -> RewardTransform | None:
+    """The transform itself; `None` for `optimal`, which depends on procedure and β."""
+    if isinstance(transform, str):
+        return {"optimal": None, "identity": Identity(), "log": Log()}[transform]
+    if "exponential" in transform:
+        return Exponential(transform["exponential"])
+    return RewardTransform.load(Path(transform["file"]))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides, make its paths absolute, check it.
+
+    Raises:
+        StorageError: If the file cannot be read.
+        InputError: If it is not YAML, has an unknown key or an unusable value; the message says where.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the recipe ({error})", where=str(path), mend="Check the path") from error
+    return parse_recipe(text, where=str(path), folder=path.resolve().parent, overrides=overrides)
+
+
+def parse_recipe(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `text`; see `load_recipe`."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML ({' '.join(str(error).split())})", where=where) from error
+    if not isinstance(content, dict):
+        raise InputError("a recipe is a mapping of settings", where=where, mend="See recipes/ for examples")
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_explain(error), where=where) from error
+    return _with_absolute_paths(recipe, folder)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{override!r} is not key.path=value", where="--set")
+    *parents, last = key.strip().split(".")
+    section: Any = content
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{parent} in {key} is not a section", where="--set")
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"the value of {key} is not valid YAML: {value!r}", where="--set") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, in words, with a suggestion for an unknown key."""
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "dict[", "str")))
+    if first["type"] == "extra_forbidden":
+        key, section = str(first["loc"][-1]), _section_at(first["loc"][:-1])
+        close = difflib.get_close_matches(key, section.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(section.model_fields)}"
+        message = f"unknown key {location}; {hint}"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        message = f"{location}: {text[0].lower()}{text[1:]}" if location else text
+    more = error.error_count() - 1
+    return f"{message} (and {more} more)" if more else message
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        for candidate in _models_in(section.model_fields[part].annotation):
+            section = candidate
+    return section
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    content = recipe.model_dump()
+
+    def absolute(section: dict[str, Any] | None, key: str) -> None:
+        if section and isinstance(section.get(key), str):
+            section[key] = _resolve(section[key], folder)
+
+    absolute(content["policy"], "model")
+    absolute(content["reward"], "model")
+    absolute(content["prompts"], "source")
+    absolute(content["prompts"], "evaluation_source")
+    if content["testbed"]:
+        absolute(content["testbed"]["demonstrations"], "source")
+        for rows in content["testbed"]["preferences"]:
+            absolute(rows, "source")
+    for transform in [content["transform"], *content["compare_with"]]:
+        if isinstance(transform, dict):
+            absolute(transform, "file")
+    return Recipe.model_validate(content)
+
+
+def _resolve(name: str, folder: Path) -> str:
+    """A path in the recipe's folder, or the name as it is where nothing is there and it reads as a hub name."""
+    path = Path(name).expanduser()
+    beside = path if path.is_absolute() else folder / path
+    looks_like_hub_name = (
+        not path.is_absolute() and not name.startswith(".") and name.count("/") <= 1 and not path.suffix
+    )
+    return name if looks_like_hub_name and not beside.exists() else str(beside.resolve())

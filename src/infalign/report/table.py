@@ -1,0 +1,57 @@
+"""The results as a table for a terminal, with what they do and do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infalign.evaluation.run import Measured, MethodResult
+
+
+def text_table(
+    results: Sequence[MethodResult], comparisons: Sequence[Mapping[str, Any]], kl_budget: float | None
+) -> str:
+    """Win rates, KL and limits in aligned columns, then the comparisons in sentences.
+
+    Args:
+        results: Methods, measured on the same prompts.
+        comparisons: As stored by the evaluation.
+        kl_budget: The KL all methods were steered to, if there was one.
+    """
+    labels = [entry.procedure for entry in results[0].procedures]
+    first = results[0]
+    header = ["", "KL (nats)", *(f"{label} (limit)" for label in labels)]
+    rows = [["reference", "0", *("50.0" for _ in labels)]]
+    for result in results:
+        cells = []
+        for label in labels:
+            entry = result.of(label)
+            limit = "" if entry.limit is None else f" ({100 * entry.limit:.1f})"
+            cells.append(f"{_with_margin(entry.win_rate, 100)}{limit}")
+        rows.append([result.label, _with_margin(result.kl, 1), *cells])
+    lines = [
+        f"Win rate against the reference used the same way, in %, ± {first.confidence:.0%} interval; "
+        f"{first.num_prompts} held-out prompts × {first.num_samples} fresh rollouts per model.",
+        "In brackets the theoretical limit at the measured KL. Judge: the training reward.",
+        "",
+        *_columns([header, *rows]),
+        "",
+        *(comparison["sentence"] for comparison in comparisons),
+    ]
+    if kl_budget is not None:
+        reached = ", ".join(f"{r.label} {r.kl.estimate:.3f} ({r.kl.estimate / kl_budget - 1:+.0%})" for r in results)
+        lines.append(f"KL budget {kl_budget:g} nats; reached: {reached}.")
+    return "\n".join(lines)
+
+
+def _with_margin(measured: Measured, scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    if measured.low is None or measured.high is None:
+        return f"{scale * measured.estimate:.{digits}f} (no interval)"
+    margin = scale * (measured.high - measured.low) / 2
+    return f"{scale * measured.estimate:.{digits}f} ± {margin:.{digits}f}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

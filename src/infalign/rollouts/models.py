@@ -1,0 +1,69 @@
+"""Load a policy: a Hugging Face folder, a hub name, or a PEFT adapter folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from infalign.errors import InputError
+
+
+def load_policy(
+    model: str | Path, *, trust_remote_code: bool = False, allow_pickle: bool = False, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, padding on the left as generation needs.
+
+    Args:
+        model: Local folder (full weights or a PEFT adapter) or hub name.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Also accept weights that are not safetensors.
+        dtype: Name of a torch dtype; by default float32 on a CPU, else what the weights are stored in.
+
+    Raises:
+        InputError: If there is no model, no tokenizer or no end-of-sequence token there.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
+    torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"no tokenizer can be loaded ({_first_line(error)})",
+            where=str(model),
+            mend="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
+        ) from error
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch_dtype, use_safetensors=None if allow_pickle else True, **options
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"no causal language model can be loaded ({_first_line(error)})",
+            where=str(model),
+            mend="Give a folder with config.json and model.safetensors, or a hub name",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-sequence token, so a response could never end",
+            where=str(model),
+            mend="Set eos_token in tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return policy.to(device).eval(), tokenizer
+
+
+def adapter_base(model: str | Path) -> str:
+    """The name of the model that an adapter folder adapts; any other name as it is."""
+    config = Path(model) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else str(model)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]

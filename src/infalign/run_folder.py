@@ -1,0 +1,178 @@
+"""A run's folder: which stages are done, and with what.
+
+Every stage has a fingerprint made of its settings, the fingerprints of the stages before it and the content of the
+files it reads. A finished stage whose fingerprint is unchanged is kept; one whose fingerprint changed is moved to
+`superseded/` and done again, and so is exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infalign.errors import MismatchError, StorageError
+
+FORMAT = 1
+
+
+def fingerprint(content: Any) -> str:
+    """A short stable hash of JSON-able content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """A short stable hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StageStamp:
+    """What the folder knows of one stage."""
+
+    fingerprint: str
+    settings: dict[str, Any]
+    done: bool
+    seconds: float = 0.0
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: The folder; made if it does not exist.
+        name: The recipe's name; a folder that holds another recipe's run is refused.
+
+    Raises:
+        MismatchError: If the folder holds something else.
+        StorageError: If it cannot be made or written.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        marker = path / "run.json"
+        try:
+            if marker.exists():
+                found = json.loads(marker.read_text())
+                if found.get("name") != name or found.get("format") != FORMAT:
+                    raise MismatchError(
+                        f"this folder holds a run of {found.get('name')!r}, not of {name!r}",
+                        where=str(path),
+                        mend="Choose another folder with --out",
+                    )
+            elif path.exists() and any(path.iterdir()):
+                raise MismatchError(
+                    "this folder is not empty and holds no run", where=str(path), mend="Choose another with --out"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "stages").mkdir(exist_ok=True)
+            write_json(marker, {"name": name, "format": FORMAT})
+        except (OSError, json.JSONDecodeError) as error:
+            if isinstance(error, StorageError | MismatchError):
+                raise
+            raise StorageError(
+                f"cannot use this folder ({error})", where=str(path), mend="Choose another with --out"
+            ) from error
+
+    def stamp(self, stage: str) -> StageStamp | None:
+        """What is known of a stage; `None` if it never started."""
+        path = self.path / "stages" / f"{stage}.json"
+        return StageStamp(**json.loads(path.read_text())) if path.exists() else None
+
+    def begin(self, stage: str, settings: Mapping[str, Any], outputs: Iterable[str]) -> bool:
+        """Make ready to run a stage.
+
+        Returns:
+            False if the stage is done with these settings. True if it must run: from scratch, or from where a
+            stopped attempt with the same settings left its outputs.
+        """
+        stamp, mine = self.stamp(stage), fingerprint(settings)
+        if stamp is not None and stamp.fingerprint == mine:
+            return not stamp.done
+        if stamp is not None:
+            self._supersede(stage, stamp, outputs)
+        self._write_stamp(stage, StageStamp(mine, dict(settings), done=False))
+        return True
+
+    def finish(self, stage: str, seconds: float) -> None:
+        """Record that a stage is done."""
+        stamp = self.stamp(stage)
+        assert stamp is not None, "finish follows begin"
+        self._write_stamp(stage, StageStamp(stamp.fingerprint, stamp.settings, done=True, seconds=seconds))
+
+    def require(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Refuse to build on a stage that is missing, unfinished or made with other settings.
+
+        Raises:
+            MismatchError: Saying which settings differ.
+        """
+        stamp = self.stamp(stage)
+        if stamp is None or not stamp.done:
+            raise MismatchError(
+                f"the stage {stage!r} has not been done",
+                where=str(self.path),
+                mend="Do it first, or use `infalign run`",
+            )
+        if stamp.fingerprint != fingerprint(settings):
+            raise MismatchError(
+                f"the stage {stage!r} was done with other settings ({_differences(stamp.settings, settings)})",
+                where=str(self.path),
+                mend="Use `infalign run` to redo what changed, or another folder with --out",
+            )
+
+    def _supersede(self, stage: str, stamp: StageStamp, outputs: Iterable[str]) -> None:
+        """Put the outputs of other settings aside; nothing is deleted."""
+        for output in outputs:
+            source = self.path / output
+            if source.exists():
+                target = self.path / "superseded" / f"{stage}-{stamp.fingerprint[:8]}-{int(time.time())}" / output
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+
+    def _write_stamp(self, stage: str, stamp: StageStamp) -> None:
+        write_json(self.path / "stages" / f"{stage}.json", stamp.__dict__)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old content or the new, never half of it.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text so that a reader sees the old content or the new, never half of it.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot be written ({error.strerror})",
+            where=str(path),
+            mend="Make room, or choose another folder with --out",
+        ) from error
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    return "; ".join(changed)[:400]

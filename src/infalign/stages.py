@@ -1,0 +1,325 @@
+"""The work of each stage: read what earlier ones left in the run folder, add one thing to it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infalign.calibration import RewardCalibrator
+from infalign.data import Prompt, PromptSet
+from infalign.errors import InputError
+from infalign.evaluation.run import MethodResult, compare, measure
+from infalign.inputs import split_prompts, testbed_text
+from infalign.recipe import Recipe, named_transform, transform_name
+from infalign.report.build import build_report
+from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.models import load_policy
+from infalign.rollouts.progress import Progress
+from infalign.rollouts.rewards import FunctionReward, RewardSource, SequenceClassificationReward
+from infalign.rollouts.sample import sample
+from infalign.rollouts.score import score_store
+from infalign.rollouts.store import RolloutStore
+from infalign.run_folder import write_json, write_text
+from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
+from infalign.theory.alternatives import tilt_at_kl
+from infalign.theory.optimal import optimal_transform
+from infalign.theory.plan import optimum_at_kl
+from infalign.theory.tilt import TiltedPolicy
+from infalign.training.online import align
+from infalign.training.reward import TransformedReward
+from infalign.transforms import RewardTransform, transform_from_dict
+
+
+@dataclass(frozen=True)
+class PlannedTransform:
+    """A transform to align with, and the β that theory gives it."""
+
+    name: str
+    transform: RewardTransform
+    beta: float
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
+        """Inverse of what `plan.json` holds."""
+        return cls(content["name"], transform_from_dict(content["transform"]), content["beta"])
+
+
+class Stages:
+    """The stages of one recipe in one run folder.
+
+    Args:
+        recipe: The experiment.
+        out: The run folder.
+        say: Tells the user one plain line.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, say: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.say = say
+
+    # --- the testbed, for a recipe that brings no models ---
+
+    def train_reference(self, progress: Progress) -> None:
+        """A tiny reference policy, trained from scratch."""
+        assert self.recipe.testbed is not None, "the caller checked"
+        result = train_reference(
+            testbed_text(self.recipe)[0],
+            self.out / "models" / "reference",
+            spec=replace(DOCSTRING_REFERENCE, **self.recipe.testbed.reference.model_dump(exclude_none=True)),
+            seed=self.recipe.seed,
+            progress=progress,
+        )
+        told = f"{result.parameters:,} parameters, {result.train_examples:,} examples"
+        if result.held_out_perplexity is not None:
+            told += f", held-out perplexity {result.held_out_perplexity:.1f} per token"
+        self.say(f"  {told}")
+
+    def train_reward_model(self, progress: Progress) -> None:
+        """A tiny reward model."""
+        assert self.recipe.testbed is not None, "the caller checked"
+        result = train_reward_model(
+            testbed_text(self.recipe)[1],
+            self.reference,
+            self.out / "models" / "reward",
+            spec=replace(DOCSTRING_REWARD, **self.recipe.testbed.reward_model.model_dump(exclude_none=True)),
+            seed=self.recipe.seed,
+            progress=progress,
+        )
+        told = f"{result.train_pairs:,} pairs ({result.truncated} truncated)"
+        if result.held_out_accuracy is not None:
+            told += f", held-out accuracy {result.held_out_accuracy:.3f}"
+        self.say(f"  {told}")
+
+    # --- rollouts ---
+
+    def split_prompts(self, progress: Progress) -> None:
+        """Training and evaluation prompts, written down once for all later stages."""
+        train, evaluation = split_prompts(self.recipe)
+        for name, prompts in (("train", train), ("evaluation", evaluation)):
+            rows = [{"id": p.id, "prompt": p.prompt, "row": p.row} for p in prompts]
+            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+            write_text(self.out / "prompts" / f"{name}.jsonl", "\n".join(lines) + "\n")
+        duplicates = train.duplicates + evaluation.duplicates
+        told = f"{len(train)} training and {len(evaluation)} evaluation prompts"
+        self.say(f"  {told}" + (f" ({duplicates} duplicates left out)" if duplicates else ""))
+
+    def draw_reference(self, progress: Progress) -> None:
+        """The K reference rollouts per training prompt that calibrate the reward."""
+        self._draw("reference", self.reference, "train", self.recipe.rollouts.num_ref, self.recipe.seed, progress)
+
+    def score_reference(self, progress: Progress) -> None:
+        """Their rewards."""
+        score_store(self.store("reference"), self.reward_source(), self.prompts("train"), progress=progress)
+
+    # --- calibration ---
+
+    def fit_calibration(self, progress: Progress) -> None:
+        """The reward's quantiles under the reference, prompt by prompt (M5)."""
+        prompts, num_ref = self.prompts("train"), self.recipe.rollouts.num_ref
+        rewards_PK = self.store("reference").rewards_PK(self.reward_source().key, prompts.ids, num_ref)
+        if (rewards_PK == rewards_PK[:, :1]).all():
+            raise InputError(
+                "the reward gives every response to a prompt the same score, so there is nothing to learn",
+                where="reward",
+                mend="Check the reward function or model",
+            )
+        calibrator = RewardCalibrator(ties=self.recipe.calibration.ties, seed=self.recipe.seed).fit(rewards_PK)
+        calibrator.save(self.out / "calibration" / "calibrator")
+        write_json(
+            self.out / "calibration" / "summary.json",
+            {
+                "prompts": len(prompts),
+                "num_ref": num_ref,
+                "tie_mass": calibrator.tie_mass,
+                "within_prompt_std": float(rewards_PK.std(axis=1).mean()),
+                "between_prompt_std": float(rewards_PK.mean(axis=1).std()),
+            },
+        )
+
+    def make_plan(self, progress: Progress) -> None:
+        """β for every transform, all at the same planned KL."""
+        recipe, procedure = self.recipe, self.recipe.target_procedure
+        own = named_transform(recipe.transform)
+        if recipe.beta is None:
+            assert recipe.kl_budget is not None, "held by the recipe"
+            kl = recipe.kl_budget
+        elif own is None:
+            kl = optimal_transform(procedure, beta=recipe.beta).kl
+        else:
+            kl = TiltedPolicy(own, beta=recipe.beta).kl
+        planned: list[dict[str, Any]] = []
+        for wanted in recipe.transforms:
+            transform = named_transform(wanted)
+            if transform is None:
+                optimum = optimum_at_kl(procedure, kl)
+                transform, beta = optimum.transform, optimum.beta
+            else:
+                beta = tilt_at_kl(transform, kl).beta
+            planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
+        content = {"procedure": procedure.to_dict(), "kl": kl, "kl_budget": recipe.kl_budget, "transforms": planned}
+        write_json(self.out / "plan.json", content)
+
+    # --- training ---
+
+    def align(self, planned: PlannedTransform, progress: Progress) -> None:
+        """Align the reference with one transform."""
+        recipe, prompts = self.recipe, self.prompts("train")
+        calibrator = RewardCalibrator.load(self.out / "calibration" / "calibrator")
+        align(
+            self.reference,
+            self.out / "policies" / planned.name,
+            prompts,
+            TransformedReward(self.reward_source(), calibrator, prompts.ids, planned.transform, planned.beta),
+            max_new_tokens=recipe.rollouts.max_new_tokens,
+            kl_budget=recipe.kl_budget,
+            seed=recipe.seed,
+            trust_remote_code=recipe.policy.trust_remote_code,
+            allow_pickle=recipe.policy.allow_pickle,
+            progress=progress,
+            **recipe.training.model_dump(),
+        )
+
+    # --- evaluation ---
+
+    def draw_for_evaluation(self, name: str, model: str, number: int, progress: Progress) -> None:
+        """Fresh rollouts on held-out prompts, scored, and (for a policy) its log-ratios to the reference."""
+        folder, prompts, samples = f"evaluation-{name}", self.prompts("evaluation"), self.recipe.evaluation.num_samples
+        # Another seed for every model: its rollouts are independent of the others' and of the calibration's.
+        self._draw(folder, model, "evaluation", samples, self.recipe.seed + 1000 * number, progress)
+        score_store(self.store(folder), self.reward_source(), prompts, progress=progress)
+        if name == "reference":
+            return
+        policy, tokenizer = self._load(model)
+        reference, _ = self._load(self.reference)
+        token_ids_PG = self.store(folder).lists_PK("token_ids", prompts.ids, samples)
+        ratios = log_ratios(policy, reference, tokenizer, prompts, token_ids_PG, progress=progress)
+        write_json(
+            self.out / "rollouts" / folder / "kl.json",
+            {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()},
+        )
+
+    def measure(self, progress: Progress) -> None:
+        """Win rates, KL and their errors for every policy, and paired comparisons."""
+        recipe, prompts = self.recipe, self.prompts("evaluation")
+        samples, source = recipe.evaluation.num_samples, self.reward_source()
+        reference = self.store("evaluation-reference")
+        results: list[MethodResult] = []
+        for planned in self.planned():
+            store = self.store(f"evaluation-{planned.name}")
+            results.append(
+                measure(
+                    planned.name,
+                    store.rewards_PK(source.key, prompts.ids, samples),
+                    reference.rewards_PK(source.key, prompts.ids, samples),
+                    # The exact KL of each visited prefix: the same expectation as the log-ratios, with less noise.
+                    np.array(self.read_json(f"rollouts/evaluation-{planned.name}/kl.json")["exact_kl_PG"]),
+                    recipe.evaluation_procedures,
+                    reward=str(source),
+                    lengths_PG=store.column_PK("num_tokens", prompts.ids, samples),
+                    ref_lengths_PK=reference.column_PK("num_tokens", prompts.ids, samples),
+                    truncated_PG=store.column_PK("finish_reason", prompts.ids, samples) == "length",
+                    ref_truncated_PK=reference.column_PK("finish_reason", prompts.ids, samples) == "length",
+                    prompt_ids=prompts.ids,
+                    confidence=recipe.evaluation.confidence,
+                )
+            )
+        first, *others = results
+        comparisons = [c for other in others for c in compare([first, other], baseline=other.label)]
+        write_json(
+            self.out / "evaluation.json",
+            {
+                "procedure": recipe.target_procedure.to_dict(),
+                "kl_budget": recipe.kl_budget,
+                "results": [result.to_dict() for result in results],
+                "comparisons": [comparison.to_dict() for comparison in comparisons],
+            },
+        )
+
+    def write_report(self, progress: Progress) -> None:
+        """The HTML report."""
+        build_report(
+            self.out,
+            title=self.recipe.name,
+            reward_key=self.reward_source().key,
+            settings=self.recipe.model_dump(),
+            versions=versions(),
+        )
+
+    # --- what the run folder holds ---
+
+    @property
+    def reference(self) -> str:
+        """The reference policy: the recipe's, or the testbed's."""
+        return self.recipe.policy.model or str(self.out / "models" / "reference")
+
+    def reward_source(self) -> RewardSource:
+        """The reward: the recipe's, or the testbed's."""
+        reward = self.recipe.reward
+        if reward.function is not None:
+            return FunctionReward(reward.function)
+        return SequenceClassificationReward(
+            reward.model or str(self.out / "models" / "reward"),
+            batch_size=reward.batch_size,
+            max_length=reward.max_length,
+            trust_remote_code=reward.trust_remote_code,
+            allow_pickle=reward.allow_pickle,
+        )
+
+    def policy_folder(self, name: str) -> Path:
+        """Where an aligned model is."""
+        return self.out / "policies" / name / "model"
+
+    def planned(self) -> list[PlannedTransform]:
+        """The transforms to align with; known once the plan is made."""
+        return [PlannedTransform.from_dict(entry) for entry in self.read_json("plan.json")["transforms"]]
+
+    def prompts(self, side: str) -> PromptSet:
+        """The prompts of one side: `train` or `evaluation`."""
+        lines = (self.out / "prompts" / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+
+    def store(self, folder: str) -> RolloutStore:
+        """A rollout store of this run."""
+        return RolloutStore.open(self.out / "rollouts" / folder)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of this run."""
+        return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+    def _draw(self, folder: str, model: str, side: str, count: int, seed: int, progress: Progress) -> None:
+        policy, tokenizer = self._load(model)
+        key = RolloutKey.of(model, tokenizer, max_new_tokens=self.recipe.rollouts.max_new_tokens, seed=seed)
+        sample(
+            policy,
+            tokenizer,
+            self.prompts(side),
+            count,
+            store=RolloutStore.open(self.out / "rollouts" / folder, key),
+            batch_size=self.recipe.rollouts.batch_size,
+            progress=progress,
+        )
+
+    def _load(self, model: str) -> Any:
+        policy = self.recipe.policy
+        return load_policy(model, trust_remote_code=policy.trust_remote_code, allow_pickle=policy.allow_pickle)
+
+
+def versions() -> dict[str, str]:
+    """Exact versions of what a run depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("infalign", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,374 @@
+"""Online solver: KL-regularised policy gradient on TRL's `RLOOTrainer`.
+
+Maximises E_π Φ(C) − β KL(π‖p) exactly (docs/paper_index.md, "KL-regularised RL"): the KL is the sequence-level
+reverse KL, inside the reward, with a leave-one-out baseline. The reward function returns Φ/β, so the trainer's own
+coefficient is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+from infalign.data import Prompt
+from infalign.errors import InputError, TrainingError
+from infalign.rollouts.models import load_policy
+from infalign.rollouts.progress import Progress
+from infalign.training.kl_control import KLController
+from infalign.training.reward import TransformedReward
+
+# Settings that would change the objective; the recipe cannot pass them on to RLOOConfig.
+FIXED = {
+    "beta": 1.0,  # the reward is Φ/β, in nats
+    "normalize_advantages": False,  # would cancel the scale of Φ, and with it β
+    "reward_clip_range": None,
+    "num_iterations": 1,  # rollouts are those of the policy being updated
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "disable_dropout": True,
+    "mask_truncated_completions": False,  # a truncated response is a response: it was calibrated as one
+    "remove_unused_columns": False,
+    "sync_ref_model": False,
+}
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one optimiser step saw, averaged over its rollouts."""
+
+    step: int
+    kl: float  # sequence KL, nats
+    beta: float
+    calibrated_reward: float
+    raw_reward: float
+    mean_length: float
+    truncated: float
+
+
+@dataclass(frozen=True)
+class AlignmentResult:
+    """A finished alignment."""
+
+    model: Path
+    beta: float
+    steps: list[TrainingStep]
+
+
+def align(
+    policy: str | Path,
+    out: Path,
+    prompts: Sequence[Prompt],
+    reward: TransformedReward,
+    *,
+    max_new_tokens: int,
+    steps: int,
+    prompts_per_step: int = 16,
+    num_generations: int = 16,
+    learning_rate: float = 1e-5,
+    kl_budget: float | None = None,
+    lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    save_steps: int = 25,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    rloo: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> AlignmentResult:
+    """Align `policy` to the transformed reward and save it as an ordinary Hugging Face folder (or adapter) in `out`.
+
+    An interrupted call, repeated with the same arguments, goes on from its last checkpoint (in `out/checkpoints`).
+
+    Args:
+        policy: Folder or hub name of the reference policy, where training starts.
+        out: Folder to write; the model itself goes to `out/model`.
+        prompts: Training prompts, every one known to the reward's calibration.
+        reward: Φ(C)/β; its `beta` is steered when there is a `kl_budget`.
+        max_new_tokens: Cap on a response; the same as for the calibration's rollouts.
+        steps: Optimiser steps.
+        prompts_per_step: P, prompts drawn in one step.
+        num_generations: G, rollouts per prompt in one step.
+        learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
+        kl_budget: Sequence KL to end at, in nats; `None` keeps β as it is.
+        lora: `peft.LoraConfig` fields; `None` trains all weights.
+        seed: Seeds prompts, rollouts and adapter initialisation.
+        save_steps: Steps between checkpoints.
+        trust_remote_code: Run code that comes with the model.
+        allow_pickle: Also accept weights that are not safetensors.
+        rloo: Any further `RLOOConfig` fields.
+        progress: Called with (done, total, text).
+
+    Raises:
+        InputError: If `rloo` sets a field that would change the objective.
+        TrainingError: If the loss or the KL stops being finite.
+    """
+    if (out / "result.json").exists():
+        return _read_result(out)
+    refuse_changed_objective(rloo or {})
+    set_seed(seed)
+    model, tokenizer = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta, total_steps=steps)
+    callback = _Steering(reward, controller, out / "steps.jsonl", steps, progress)
+    trainer = _make_trainer(
+        model,
+        tokenizer,
+        reward,
+        Dataset.from_list([{"prompt": p.prompt, "prompt_id": p.id, **_extra_columns(p)} for p in prompts]),
+        callback,
+        lora,
+        _rloo_config(
+            out / "checkpoints",
+            steps=steps,
+            prompts_per_step=prompts_per_step,
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+            save_steps=save_steps,
+            overrides=rloo or {},
+        ),
+    )
+    checkpoint = last_checkpoint(out / "checkpoints")
+    callback.restore(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _save(trainer, tokenizer, out, reward.beta, callback.steps)
+
+
+def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
+    """Refuse `RLOOConfig` fields under which the trainer would optimise something else.
+
+    Raises:
+        InputError: Naming the first such field and why.
+    """
+    for name, value in rloo.items():
+        if name in FIXED and value != FIXED[name]:
+            raise InputError(
+                f"{name}={value!r} would change the objective, which needs {name}={FIXED[name]!r}",
+                where="training.rloo",
+                mend=f"Remove {name}",
+            )
+    generation, accumulation = rloo.get("steps_per_generation"), rloo.get("gradient_accumulation_steps", 1)
+    if generation is not None and generation != accumulation:
+        raise InputError(
+            f"steps_per_generation={generation} with gradient_accumulation_steps={accumulation} would train on "
+            "rollouts of an older policy",
+            where="training.rloo",
+            mend="Make the two equal, or remove steps_per_generation",
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; ones cut short while being written are skipped."""
+    while folder.is_dir():
+        newest = get_last_checkpoint(str(folder))
+        if newest is None:
+            return None
+        # The steering state is the last file written for a checkpoint.
+        if (Path(newest) / _Steering.STATE).exists() and (Path(newest) / "trainer_state.json").exists():
+            return Path(newest)
+        shutil.rmtree(newest)
+    return None
+
+
+def _rloo_config(
+    folder: Path,
+    *,
+    steps: int,
+    prompts_per_step: int,
+    num_generations: int,
+    max_new_tokens: int,
+    learning_rate: float,
+    seed: int,
+    save_steps: int,
+    overrides: Mapping[str, Any],
+) -> RLOOConfig:
+    on_gpu = torch.cuda.is_available()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = int(overrides.get("gradient_accumulation_steps", 1))
+    rollouts_per_step = prompts_per_step * num_generations
+    if rollouts_per_step % (accumulation * world_size):
+        raise InputError(
+            f"{rollouts_per_step} rollouts per step do not divide among {world_size} processes × {accumulation} "
+            "accumulation steps",
+            where="training",
+            mend="Change prompts_per_step, num_generations or gradient_accumulation_steps",
+        )
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": rollouts_per_step // (accumulation * world_size),
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": accumulation,
+        "num_generations": num_generations,
+        "max_completion_length": max_new_tokens,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": max(1, steps // 4), "decay_type": "linear"},
+        "warmup_steps": min(5, steps // 10),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": True if on_gpu else None,  # False would warn of a rename in transformers
+        "use_cpu": not on_gpu,
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        **FIXED,
+        **overrides,
+    }
+    try:
+        return RLOOConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error), where="training.rloo", mend="See TRL's RLOOConfig for the fields") from error
+
+
+def _make_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: TransformedReward,
+    dataset: Dataset,
+    callback: TrainerCallback,
+    lora: Mapping[str, Any] | None,
+    config: RLOOConfig,
+) -> RLOOTrainer:
+    peft_config = None
+    if lora is not None:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", **lora)
+    trainer = RLOOTrainer(
+        model=model,
+        reward_funcs=reward,  # pyright: ignore[reportArgumentType]  TRL's list type is invariant
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[callback],
+        peft_config=peft_config,
+    )
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+    return trainer
+
+
+def _extra_columns(prompt: Prompt) -> dict[str, Any]:
+    return {name: value for name, value in prompt.row.items() if name not in {"prompt", "prompt_id"}}
+
+
+class _Steering(TrainerCallback):
+    """Reads the step's sequence KL, steers β, records the step, and keeps its state with the checkpoints."""
+
+    STATE = "infalign_state.json"
+
+    def __init__(
+        self,
+        reward: TransformedReward,
+        controller: KLController | None,
+        record: Path,
+        total_steps: int,
+        progress: Progress | None,
+    ) -> None:
+        self.reward = reward
+        self.controller = controller
+        self.record = record
+        self.total_steps = total_steps
+        self.progress = progress
+        self.steps: list[TrainingStep] = []
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Go on from a checkpoint (or start afresh)."""
+        if checkpoint is not None:
+            state = json.loads((checkpoint / self.STATE).read_text())
+            self.reward.beta = state["beta"]
+            self.steps = [TrainingStep(**step) for step in state["steps"]]
+            if self.controller is not None:
+                self.controller = KLController(**state["controller"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """After each optimiser step."""
+        if logs is None or "kl" not in logs:
+            return
+        # TRL logs Σ log-ratios / Σ tokens and the mean length: their product is the mean over sequences.
+        kl = logs["kl"] * logs["completions/mean_length"]
+        if not math.isfinite(kl) or not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise TrainingError(
+                f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
+                where="training",
+                mend="Lower training.learning_rate; the last checkpoint is kept and the same command resumes from it",
+            )
+        self.steps.append(
+            TrainingStep(
+                step=state.global_step,
+                kl=kl,
+                beta=self.reward.beta,
+                calibrated_reward=logs["calibrated_reward"],
+                raw_reward=logs["raw_reward"],
+                mean_length=logs["completions/mean_length"],
+                truncated=logs["completions/clipped_ratio"],
+            )
+        )
+        if self.controller is not None:
+            self.reward.beta = self.controller.update(kl)
+        if state.is_world_process_zero:
+            self._write_steps()
+        if self.progress is not None:
+            last = self.steps[-1]
+            text = f"KL {last.kl:.2f}  calibrated reward {last.calibrated_reward:.3f}  beta {last.beta:.3g}"
+            self.progress(state.global_step, self.total_steps, text)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Beside the trainer's own checkpoint."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            content = {
+                "beta": self.reward.beta,
+                "steps": [asdict(step) for step in self.steps],
+                "controller": None if self.controller is None else self.controller.state(),
+            }
+            temporary = checkpoint / (self.STATE + ".tmp")
+            temporary.write_text(json.dumps(content))
+            temporary.replace(checkpoint / self.STATE)
+
+    def _write_steps(self) -> None:
+        self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
+
+
+def _save(
+    trainer: RLOOTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, beta: float, steps: list[TrainingStep]
+) -> AlignmentResult:
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(str(out / "model"))
+    result = AlignmentResult(model=out / "model", beta=beta, steps=steps)
+    if trainer.accelerator.is_main_process:
+        content = {"beta": beta, "steps": [asdict(step) for step in steps]}
+        temporary = out / "result.json.tmp"
+        temporary.write_text(json.dumps(content))
+        temporary.replace(out / "result.json")  # last: a folder without it is unfinished
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _read_result(out: Path) -> AlignmentResult:
+    content = json.loads((out / "result.json").read_text())
+    return AlignmentResult(
+        model=out / "model", beta=content["beta"], steps=[TrainingStep(**step) for step in content["steps"]]
+    )

@@ -1,0 +1,148 @@
+"""Score → calibrate → transform: what RL maximises, as a TRL reward function.
+
+The object here goes unchanged into any trainer that calls `reward(prompts=…, completions=…, **columns)`, such as
+TRL's `RLOOTrainer` and `GRPOTrainer`; the data set only needs a `prompt_id` column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.calibration import RewardCalibrator
+from infalign.errors import InputError, RewardError
+from infalign.rollouts.rewards import RewardSource
+from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
+from infalign.transforms import RewardTransform
+
+Float = NDArray[np.float64]
+
+
+class TransformedReward:
+    """Φ(C(x, y)) / β for responses to known prompts (M1, M5, M6).
+
+    Divided by β, the reward is in nats: the trainer's own KL coefficient must be 1, so that `reward − KL` is the
+    objective of KL-regularised RL with transform Φ at KL coefficient β, divided by β.
+
+    With K references the calibrated reward is a rank b in 0..K. Its tilt is the rank-conditional Φ_K(b) (M6), which
+    keeps the normaliser exact where plugging in b/K would over-tilt.
+
+    Args:
+        source: Scores responses.
+        calibrator: Fitted on the reference policy's rewards, one row per prompt.
+        prompt_ids: The prompt id of each of the calibrator's rows.
+        transform: Φ.
+        beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
+
+    Raises:
+        InputError: If `prompt_ids` and the calibrator's rows differ in number, or `beta` is not positive.
+    """
+
+    def __init__(
+        self,
+        source: RewardSource,
+        calibrator: RewardCalibrator,
+        prompt_ids: Sequence[str],
+        transform: RewardTransform,
+        beta: float,
+    ) -> None:
+        if len(prompt_ids) != calibrator.num_prompts:
+            raise InputError(
+                f"{len(prompt_ids)} prompt ids for a calibrator of {calibrator.num_prompts} prompts",
+                where="TransformedReward",
+                mend="Give one id per row that the calibrator was fitted on, in the same order",
+            )
+        self.source = source
+        self.calibrator = calibrator
+        self.transform = transform
+        self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+        self.beta = beta
+        self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
+
+    @property
+    def beta(self) -> float:
+        """KL coefficient, in units of Φ per nat."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        if not (np.isfinite(beta) and beta > 0):
+            raise InputError(f"beta must be a positive number, not {beta}", where="TransformedReward")
+        self._beta = float(beta)
+        self._tilt_of_K: dict[int, Float] = {}
+
+    def calibrate(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
+        """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,)."""
+        return self.calibrator.calibrate(rewards, prompt_index=self._rows(prompt_id))
+
+    def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
+        """Φ_K(b)/β in nats (M6) of raw `rewards`, shape (B,)."""
+        rows = self._rows(prompt_id)
+        rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
+        num_ref_B = self.calibrator.num_ref_P[rows]
+        out_B = np.empty(len(rank_B))
+        for num_ref in np.unique(num_ref_B):
+            of_K = num_ref_B == num_ref
+            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K])
+        return out_B
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        prompt_id: Sequence[str] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Φ_K/β of each response; TRL's reward-function signature.
+
+        Args:
+            prompts: B prompts, strings or chat messages.
+            completions: B responses, strings or chat messages.
+            prompt_id: Column of the training data set: the id of each prompt.
+            log_metric: TRL's hook for further metrics.
+            **columns: TRL's other keyword arguments and data set columns; passed to the reward source.
+
+        Raises:
+            InputError: If there is no `prompt_id`, or one that the calibrator does not know.
+            RewardError: If the source leaves a response without a finite score.
+        """
+        if prompt_id is None:
+            raise InputError(
+                "the training data has no column prompt_id",
+                where="TransformedReward",
+                mend="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
+            )
+        scores = self.source.score_rows(prompts, completions, prompt_id=prompt_id, **columns)
+        rewards_B = scores.rewards
+        if not np.isfinite(rewards_B).all():
+            bad = np.flatnonzero(~np.isfinite(rewards_B))
+            raise RewardError(
+                f"{len(bad)} of {len(rewards_B)} responses have no finite reward, the first to prompt "
+                f"{prompt_id[bad[0]]} ({scores.errors[bad[0]] or rewards_B[bad[0]]})",
+                where=str(self.source),
+                mend="Every response needs a number during training; mend the reward for such responses",
+            )
+        if log_metric is not None:
+            log_metric("calibrated_reward", float(self.calibrate(rewards_B, prompt_id).mean()))
+            log_metric("raw_reward", float(rewards_B.mean()))
+        return self.tilt(rewards_B, prompt_id).tolist()
+
+    def _rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
+        try:
+            return np.array([self._row_of[i] for i in prompt_id], dtype=np.intp)
+        except KeyError as missing:
+            raise InputError(
+                f"prompt {missing.args[0]!r} has no reference rollouts to calibrate with",
+                where="TransformedReward",
+                mend="Draw reference rollouts for every training prompt first",
+            ) from None
+
+    def _tilt_table(self, num_ref: int) -> Float:
+        if num_ref not in self._tilt_of_K:
+            self._tilt_of_K[num_ref] = rank_conditional_tilt(self.transform, self.beta, num_ref) / self.beta
+        return self._tilt_of_K[num_ref]

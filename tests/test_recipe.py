@@ -1,0 +1,114 @@
+"""Recipes: typed, strict, with messages that say what, where and the mend."""
+
+from pathlib import Path
+
+import pytest
+
+from infalign.errors import InputError, StorageError
+from infalign.procedures import BestOfN, Standard
+from infalign.recipe import load_recipe, named_transform, parse_recipe, transform_name
+from infalign.transforms import Exponential, Identity
+
+MINIMAL = """
+name: demo
+policy: {model: my-model}
+reward: {function: "rewards:score"}
+prompts: {source: prompts.jsonl}
+kl_budget: 0.5
+"""
+
+
+def parse(text: str, *overrides: str, folder: Path = Path("/nowhere")):
+    return parse_recipe(text, where="demo.yaml", folder=folder, overrides=overrides)
+
+
+def test_minimal_recipe_has_sane_defaults():
+    recipe = parse(MINIMAL)
+    assert recipe.target_procedure == BestOfN(4)
+    assert recipe.transforms == ["optimal", "identity"]
+    assert not recipe.policy.trust_remote_code
+    assert not recipe.policy.allow_pickle
+
+
+def test_relative_paths_belong_to_the_recipes_folder(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    recipe = parse(MINIMAL, folder=tmp_path)
+    assert recipe.policy.model == str(tmp_path / "my-model")
+    assert recipe.prompts.source == str(tmp_path / "prompts.jsonl")
+
+
+def test_a_hub_name_stays_a_hub_name(tmp_path):
+    assert parse(MINIMAL, "policy.model=org/name", folder=tmp_path).policy.model == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainig.steps=3", r"unknown key trainig; did you mean training\?"),
+        ("training.step=3", r"unknown key training\.step; did you mean steps\?"),
+        ("rollouts.num_ref=1", r"rollouts\.num_ref: .*greater than or equal to 2"),
+        ("kl_budget=-1", r"kl_budget: .*greater than 0"),
+        ("beta=0", r"beta: .*greater than 0"),
+        ("beta=0.1", r"exactly one of beta and kl_budget"),
+        ("procedure=bestof4", r"procedure: "),
+        ("procedure=best-of-0", r"procedure: "),
+        ("transform=sharp", r"transform: a transform is one of: optimal"),
+        ("compare_with=[optimal]", r"compare_with repeats"),
+        ("evaluation.num_samples=2", r"evaluation.num_samples is 2, but its procedures draw up to 4"),
+        ("policy.model=null", r"policy\.model is missing"),
+        ("reward.model=x", r"give model or function, not both"),
+        ("name=a/b", r"name: "),
+        ("training.steps=many", r"training\.steps: "),
+    ],
+)
+def test_unusable_settings_are_refused_in_one_line(override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse(MINIMAL, override)
+    assert str(caught.value).startswith("demo.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_yaml_values():
+    recipe = parse(MINIMAL, "procedure=worst-of-8", "training.lora={r: 4}", "evaluation.num_samples=16")
+    assert recipe.target_procedure.label == "Worst-of-8"
+    assert recipe.training.lora == {"r": 4}
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "=3", "name.deep=3"])
+def test_bad_overrides_say_so(bad):
+    with pytest.raises(InputError, match="--set"):
+        parse(MINIMAL, bad)
+
+
+def test_the_target_procedure_is_always_evaluated():
+    recipe = parse(MINIMAL, "procedure=best-of-8", "evaluation.procedures=[standard]", "evaluation.num_samples=8")
+    assert recipe.evaluation_procedures == [Standard(), BestOfN(8)]
+
+
+def test_missing_file_and_broken_yaml(tmp_path):
+    with pytest.raises(StorageError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(InputError, match="a recipe is a mapping"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_transforms_by_name(tmp_path):
+    assert named_transform("optimal") is None
+    assert named_transform("identity") == Identity()
+    assert named_transform({"exponential": -10.0}) == Exponential(-10.0)
+    Exponential(3.0).save(tmp_path / "mine.json")
+    recipe = parse(MINIMAL, "transform={file: mine.json}", folder=tmp_path)
+    assert named_transform(recipe.transform) == Exponential(3.0)
+    assert [transform_name(t) for t in recipe.transforms] == ["mine", "identity"]
+    assert transform_name({"exponential": 10.0}) != transform_name({"exponential": -10.0})
+
+
+def test_the_packaged_quickstart_recipe_is_valid():
+    from importlib import resources
+
+    text = (resources.files("infalign") / "recipes" / "quickstart.yaml").read_text()
+    assert parse(text).testbed is not None

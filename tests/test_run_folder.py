@@ -1,0 +1,85 @@
+"""The run folder keeps what is done and redoes what depends on a changed setting."""
+
+import json
+import os
+
+import pytest
+
+from infalign.errors import MismatchError, StorageError
+from infalign.run_folder import RunFolder, file_fingerprint, fingerprint, write_json
+
+
+def test_fingerprint_ignores_key_order_but_not_content():
+    assert fingerprint({"a": 1, "b": [2, None]}) == fingerprint({"b": [2, None], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+
+
+def test_file_fingerprint_follows_content(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"same")
+    two.write_bytes(b"same")
+    assert file_fingerprint(one) == file_fingerprint(two)
+    two.write_bytes(b"other")
+    assert file_fingerprint(one) != file_fingerprint(two)
+
+
+def test_a_finished_stage_is_kept_and_an_unfinished_one_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "run", "demo")
+    assert folder.begin("work", {"k": 1}, ["work.txt"])
+    (folder.path / "work.txt").write_text("half")
+    assert folder.begin("work", {"k": 1}, ["work.txt"]), "stopped in the middle: it must run again"
+    assert (folder.path / "work.txt").read_text() == "half", "and finds what it had done"
+    folder.finish("work", 1.0)
+    assert not RunFolder(tmp_path / "run", "demo").begin("work", {"k": 1}, ["work.txt"])
+
+
+def test_other_settings_put_the_old_outputs_aside(tmp_path):
+    folder = RunFolder(tmp_path / "run", "demo")
+    folder.begin("work", {"k": 1}, ["deep/work.txt"])
+    write_json(folder.path / "deep" / "work.txt", "precious")
+    folder.finish("work", 1.0)
+    assert folder.begin("work", {"k": 2}, ["deep/work.txt"])
+    assert not (folder.path / "deep" / "work.txt").exists()
+    (kept,) = (folder.path / "superseded").rglob("work.txt")
+    assert json.loads(kept.read_text()) == "precious"
+
+
+def test_require_says_what_differs(tmp_path):
+    folder = RunFolder(tmp_path / "run", "demo")
+    with pytest.raises(MismatchError, match="'work' has not been done"):
+        folder.require("work", {"k": 1})
+    folder.begin("work", {"k": 1, "same": 0}, [])
+    with pytest.raises(MismatchError, match="has not been done"):
+        folder.require("work", {"k": 1, "same": 0})
+    folder.finish("work", 1.0)
+    folder.require("work", {"k": 1, "same": 0})
+    with pytest.raises(MismatchError, match=r"k: 1 then, 2 now") as caught:
+        folder.require("work", {"k": 2, "same": 0})
+    assert "same" not in str(caught.value)
+
+
+def test_a_folder_of_another_recipe_or_of_something_else_is_refused(tmp_path):
+    RunFolder(tmp_path / "run", "demo")
+    with pytest.raises(MismatchError, match="holds a run of 'demo', not of 'other'"):
+        RunFolder(tmp_path / "run", "other")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…")
+    with pytest.raises(MismatchError, match="not empty and holds no run"):
+        RunFolder(tmp_path / "mine", "demo")
+
+
+def test_a_file_in_the_way_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((StorageError, MismatchError), match="file"):
+        RunFolder(tmp_path / "file" / "run", "demo")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "file.json"
+    write_json(target, 1)
+    # The temporary file of this process is a link to the device that refuses every byte.
+    (tmp_path / f"file.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left"):
+        write_json(target, 2)
+    assert json.loads(target.read_text()) == 1

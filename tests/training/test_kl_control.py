@@ -1,0 +1,56 @@
+"""The controller brings a responding system to its budget, and cannot run away."""
+
+import math
+
+import numpy as np
+import pytest
+
+from infalign.errors import InputError
+from infalign.training.kl_control import KLController
+
+
+def simulate(controller: KLController, *, scale: float, lag: float, noise: float, seed: int) -> float:
+    """A policy whose KL relaxes towards scale / beta, seen through noise; returns its KL at the end."""
+    rng = np.random.default_rng(seed)
+    kl = 0.0
+    for _ in range(controller.total_steps):
+        kl += (min(scale / controller.beta, 8.0) - kl) / lag
+        controller.update(kl + noise * rng.standard_normal())
+    return kl
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("lag", [2.0, 8.0])
+def test_it_reaches_the_budget_whatever_beta_it_started_with(scale, lag):
+    # Deterministic seeds: no false alarms. KL noise as of 256 rollouts at half a nat.
+    controller = KLController(kl_budget=0.5, beta=0.1, total_steps=80)
+    assert simulate(controller, scale=scale, lag=lag, noise=0.06, seed=1) == pytest.approx(0.5, rel=0.15)
+
+
+def test_a_policy_that_cannot_move_does_not_drive_beta_to_zero():
+    controller = KLController(kl_budget=0.5, beta=0.1, total_steps=1000)
+    for _ in range(1000):
+        controller.update(0.0)
+    assert controller.beta == pytest.approx(0.1 / controller.span)
+
+
+def test_the_first_moving_average_is_the_first_measurement():
+    controller = KLController(kl_budget=0.5, beta=0.1, total_steps=10)
+    controller.update(0.3)
+    assert controller.kl == pytest.approx(0.3)
+    controller.update(0.6)
+    assert controller.kl == pytest.approx((0.7 * 0.3 * 0.3 + 0.3 * 0.6) / (0.7 * 0.3 + 0.3))
+
+
+def test_it_goes_on_from_its_state():
+    one = KLController(kl_budget=0.5, beta=0.1, total_steps=40)
+    for step in range(20):
+        one.update(0.02 * step)
+    two = KLController(**one.state())
+    assert [one.update(0.4), one.update(0.5)] == [two.update(0.4), two.update(0.5)]
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_a_budget_is_a_positive_number(budget):
+    with pytest.raises(InputError, match="KL budget"):
+        KLController(kl_budget=budget, beta=0.1, total_steps=10)
