@@ -164,6 +164,56 @@ class TestWinRate:
         assert win_rate([[-np.inf, 0.0]], [[-np.inf, -1.0]], Standard()).estimate == pytest.approx((0.5 + 1 + 1) / 4)
 
 
+class TestJudgedByAnotherReward:
+    """Procedures choose by one reward, and what they return is compared by another."""
+
+    @staticmethod
+    def enumerated(rewards, scores, procedure):
+        """Every judged score that the procedure returns, with its chance; equal rewards are equally likely."""
+        outs = []
+        for subset in itertools.combinations(range(len(rewards)), procedure.n):
+            value = sorted(rewards[i] for i in subset)[BY_RANK[procedure]]
+            tied = [i for i in subset if rewards[i] == value]
+            outs += [(scores[i], 1 / len(tied)) for i in tied]
+        total = sum(chance for _, chance in outs)
+        return [(score, chance / total) for score, chance in outs]
+
+    @settings(max_examples=60, deadline=None)
+    @given(pairs=st.lists(st.tuples(*[st.integers(0, 2)] * 4), min_size=3, max_size=5))
+    def test_equals_enumeration(self, pairs):
+        ours, ours_judged, theirs, theirs_judged = (list(column) for column in zip(*pairs, strict=True))
+        for procedure in BY_RANK:
+            expected = sum(
+                p * q * ((a > b) + 0.5 * (a == b))
+                for a, p in self.enumerated(ours, ours_judged, procedure)
+                for b, q in self.enumerated(theirs, theirs_judged, procedure)
+            )
+            (got,) = win_rates([ours], [theirs], [procedure], judged_by=([ours_judged], [theirs_judged]))
+            assert got.estimate == pytest.approx(expected, abs=1e-12)
+
+    def test_the_same_reward_as_judge_changes_nothing(self):
+        rng = np.random.default_rng(0)
+        a, b = rng.normal(size=(20, 6)).round(), rng.normal(size=(20, 7)).round()
+        (plain,), (judged,) = win_rates(a, b, [BestOfN(3)]), win_rates(a, b, [BestOfN(3)], judged_by=(a, b))
+        np.testing.assert_allclose(plain.per_prompt, judged.per_prompt, atol=1e-12)
+
+    def test_an_exploited_reward_wins_by_itself_and_loses_by_the_judge(self):
+        # Policy that trades truth for a trick: proxy = truth + 2 tricks. More candidates, more tricks chosen.
+        rng = np.random.default_rng(1)
+        truth, trick = rng.normal(size=(300, 16)) - 0.5, rng.normal(size=(300, 16)) + 1
+        ref_truth, ref_trick = rng.normal(size=(2, 300, 16))
+        proxy, ref_proxy = truth + 2 * trick, ref_truth + 2 * ref_trick
+        (by_proxy,) = win_rates(proxy, ref_proxy, [BestOfN(4)])
+        (by_truth,) = win_rates(proxy, ref_proxy, [BestOfN(4)], judged_by=(truth, ref_truth))
+        assert by_proxy.confidence_interval[0] > 0.5 > by_truth.confidence_interval[1]
+
+    def test_scores_must_cover_every_response(self):
+        with pytest.raises(InputError, match="Score every response with both"):
+            win_rates(np.zeros((2, 3)), np.zeros((2, 3)), [Standard()], judged_by=(np.zeros((2, 2)), np.zeros((2, 3))))
+        with pytest.raises(InputError, match="NaN"):
+            win_rates([[1.0]], [[1.0]], [Standard()], judged_by=([[np.nan]], [[1.0]]))
+
+
 class TestBadInput:
     def test_nan_is_counted_and_placed(self):
         rewards_PG = np.zeros((3, 4))

@@ -22,6 +22,7 @@ from infalign.procedures import InferenceProcedure
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
+_Weigh = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,28 +132,49 @@ def win_rates(
     procedures: Sequence[InferenceProcedure],
     *,
     opponent: InferenceProcedure | None = None,
+    judged_by: tuple[ArrayLike, ArrayLike] | None = None,
     confidence: float = 0.95,
 ) -> list[WinRate]:
     """`win_rate` for several procedures in one pass over the same samples; rewards are sorted and merged once.
 
     Args:
-        rewards_PG: (P, G) rewards of the policy's responses.
+        rewards_PG: (P, G) rewards of the policy's responses, by which procedures choose.
         ref_rewards_PK: (P, K) rewards of the reference's responses.
         procedures: Procedures, each with finite n at most G.
         opponent: What is run on the reference; for each procedure the same one if None.
+        judged_by: (P, G) and (P, K) scores of the same responses by another reward, for example one that training never
+            saw: procedures choose by the first, and what they return is compared by the second. None compares by the
+            first as well.
         confidence: Level of the intervals, between 0 and 1.
 
     Returns:
         One win rate for each procedure, in order.
 
     Raises:
-        InputError: As `win_rate`.
+        InputError: As `win_rate`, or if the judge's scores do not have the shape of the rewards.
     """
     rewards_PG, ref_rewards_PK = _checked_pair(rewards_PG, ref_rewards_PK)
-    below_PG, upto_PG = _merged_ranks(np.sort(rewards_PG, axis=1), np.sort(ref_rewards_PK, axis=1))
+    if judged_by is None:
+        weigh: _Weigh = _spread_over_sorted
+        ref_weigh: _Weigh = _spread_over_sorted
+        judge_PG, judge_ref_PK = np.sort(rewards_PG, axis=1), np.sort(ref_rewards_PK, axis=1)
+    else:
+        judge_PG, judge_ref_PK = _checked_pair(*judged_by)
+        if judge_PG.shape != rewards_PG.shape or judge_ref_PK.shape != ref_rewards_PK.shape:
+            raise InputError(
+                f"scores of shape {judge_PG.shape} and {judge_ref_PK.shape} for rewards of shape {rewards_PG.shape} "
+                f"and {ref_rewards_PK.shape}",
+                where="judged_by",
+                mend="Score every response with both rewards",
+            )
+        weigh, judge_PG = _chosen_by(rewards_PG, judge_PG)
+        ref_weigh, judge_ref_PK = _chosen_by(ref_rewards_PK, judge_ref_PK)
+    below_PG, upto_PG = _merged_ranks(judge_PG, judge_ref_PK)
     return [
         _win_rate_interval(
-            _win_rate_per_prompt(below_PG, upto_PG, ref_rewards_PK.shape[1], procedure, opponent), procedure, confidence
+            _win_rate_per_prompt(below_PG, upto_PG, weigh, ref_weigh, ref_rewards_PK.shape[1], procedure, opponent),
+            procedure,
+            confidence,
         )
         for procedure in procedures
     ]
@@ -356,9 +378,36 @@ def efficiency_of(useful: Estimate, kl: Estimate | float) -> KLEfficiency:
     return KLEfficiency(useful, kl_value, ratio, standard_error)
 
 
+def _spread_over_sorted(weights_M: FloatArray) -> FloatArray:
+    """Weights of responses that stand in the order by which they are chosen: the same (1, M) for all prompts."""
+    return weights_M[None, :]
+
+
+def _chosen_by(rewards_PM: FloatArray, judge_PM: FloatArray) -> tuple[_Weigh, FloatArray]:
+    """Judge's scores in ascending order, and the map from selection weights by reward to weights in that order (P, M).
+
+    Among equal rewards a procedure returns any one with equal chance, so tied responses share their weights.
+    """
+    by_judge_PM = np.argsort(judge_PM, axis=1, kind="stable")
+    # Equal rewards occupy ranks below..upto; a response's share is the mean of the weights over them.
+    below_PM, upto_PM = _merged_ranks(np.sort(rewards_PM, axis=1), np.sort(rewards_PM, axis=1))
+    place_PM = np.argsort(np.argsort(rewards_PM, axis=1, kind="stable"), axis=1, kind="stable")
+    place_PM = np.take_along_axis(place_PM, by_judge_PM, axis=1)
+    below_PM = np.take_along_axis(below_PM, place_PM, axis=1)
+    upto_PM = np.take_along_axis(upto_PM, place_PM, axis=1)
+
+    def weigh(weights_M: FloatArray) -> FloatArray:
+        cumulative = np.concatenate(([0.0], np.cumsum(weights_M)))
+        return (cumulative[upto_PM] - cumulative[below_PM]) / (upto_PM - below_PM)
+
+    return weigh, np.take_along_axis(judge_PM, by_judge_PM, axis=1)
+
+
 def _win_rate_per_prompt(
     below_PG: IntArray,
     upto_PG: IntArray,
+    weigh: _Weigh,
+    ref_weigh: _Weigh,
     num_ref: int,
     procedure: InferenceProcedure,
     opponent: InferenceProcedure | None,
@@ -367,14 +416,21 @@ def _win_rate_per_prompt(
     num_prompts, num_policy = below_PG.shape
     per_prompt = np.zeros(num_prompts)
     for weight, component in procedure.components:
-        weights_G = component.selection_weights(num_policy)
+        weights_PG = weigh(component.selection_weights(num_policy))
         rivals = ((1.0, component),) if opponent is None else opponent.components
         for rival_weight, rival in rivals:
             # Mass of the opponent's output on the lowest 0..K reference samples: beating below_PG of them wins all of
             # that mass, and a tie up to upto_PG shares what lies between.
-            mass_K1 = np.concatenate(([0.0], np.cumsum(rival.selection_weights(num_ref))))
-            share_PG = 0.5 * (mass_K1[below_PG] + mass_K1[upto_PG])
-            per_prompt += weight * rival_weight * (share_PG @ weights_G)
+            mass_PK = np.cumsum(ref_weigh(rival.selection_weights(num_ref)), axis=1)
+            mass_PK1 = np.pad(mass_PK, ((0, 0), (1, 0)))
+            if len(mass_PK1) == 1:
+                share_PG = 0.5 * (mass_PK1[0][below_PG] + mass_PK1[0][upto_PG])
+            else:
+                sure_PG = np.take_along_axis(mass_PK1, below_PG, axis=1)
+                share_PG = 0.5 * (sure_PG + np.take_along_axis(mass_PK1, upto_PG, axis=1))
+            per_prompt += (
+                weight * rival_weight * np.einsum("pg,pg->p", share_PG, np.broadcast_to(weights_PG, share_PG.shape))
+            )
     return np.clip(per_prompt, 0.0, 1.0)  # rounding alone can leave the range
 
 

@@ -86,6 +86,20 @@ class TestMeasure:
         result = gaussian_method("a", 0.5, prompt_ids=[f"p{i}" for i in range(200)])
         assert MethodResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
+    def test_further_rewards_judge_what_the_first_chose(self):
+        rng = np.random.default_rng(3)
+        gold, ref_gold = rng.normal(size=(2, 50, 8))
+        noise = rng.normal(size=(50, 8))
+        result = measure(
+            "a", gold + 0.5 + noise, ref_gold, np.ones((50, 8)), PROCEDURES, judges={"gold": (gold, ref_gold)}
+        )
+        for entry in result.procedures:
+            assert entry.judged["gold"].estimate != entry.win_rate.estimate
+        # Responses are worth the same; only choosing by a noisier reward makes Best-of-4 lose to the reference's.
+        assert result.of("Standard").judged["gold"].low < 0.5 < result.of("Standard").judged["gold"].high
+        assert result.of("Best-of-4").judged["gold"].high < 0.5
+        assert MethodResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
     def test_one_prompt_is_stored_without_claims(self):
         result = gaussian_method("a", 0.5, num_prompts=1)
         assert result.kl.standard_error is None

@@ -18,7 +18,7 @@ from infalign.evaluation.run import compare, measure
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report import figures
 from infalign.report.page import ReportData, markdown_table, write_report
-from infalign.report.words import cautions, methods_paragraph, verdict
+from infalign.report.words import cautions, methods_paragraph, percent, verdict
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -36,7 +36,8 @@ def method(label, shift, *, num_prompts=60, **options):
     rng = np.random.default_rng(0)
     ref_rewards_PK, rewards_PG = rng.normal(size=(num_prompts, 8)), shift + rng.normal(size=(num_prompts, 8))
     log_ratios_PG = shift * rewards_PG - shift**2 / 2
-    return measure(label, rewards_PG, ref_rewards_PK, log_ratios_PG, PROCEDURES, **options)
+    gold = {"gold": (rewards_PG - shift, ref_rewards_PK)}
+    return measure(label, rewards_PG, ref_rewards_PK, log_ratios_PG, PROCEDURES, judges=gold, **options)
 
 
 @functools.cache
@@ -152,6 +153,8 @@ class TestFile:
         aware, plain = two_methods()
         assert "With Best-of-4, aware beats the reference used the same way" in text
         assert compare([aware, plain], baseline="plain")[2].sentence in text
+        assert "Judged by other rewards" in text
+        assert percent(aware.of("Best-of-4").judged["gold"]) in text
         assert f"{100 * aware.of('Best-of-4').win_rate.estimate:.1f}%" in text
 
     def test_two_writes_are_equal(self, page, tmp_path):
@@ -206,6 +209,7 @@ class TestFigures:
             figures.frontier_figure(frontier([aware, plain], "Best-of-4"), look),
             figures.win_rate_over_n_figure([aware, plain], "best-of-n", look),
             figures.win_rate_over_n_figure([aware, plain], "worst-of-n", look),
+            figures.win_rate_over_n_figure([aware, plain], "best-of-n", look, judge="gold"),
             figures.training_figure(data.curves, look, kl_target=0.2),
             figures.histogram_figure({"reference": [0.1, 0.9], "aware": [0.5]}, look, calibrated=True, title="C"),
             figures.histogram_figure({"reference": [1.0, 1.0]}, look, calibrated=False, title="reward"),
@@ -281,6 +285,7 @@ class TestWords:
 
     def test_cautions_follow_the_data(self):
         plain = " ".join(cautions([two_methods()[0]]))
+        assert "aware, Best-of-4: by gold the win rate is" in plain
         assert "longer" not in plain
         assert "ties" not in plain
         warned = dataclasses.replace(
@@ -344,7 +349,7 @@ class TestBrowser:
         assert 'data-ready="true"' in dom
         assert console == []
         places = dom.count("data-figure=")
-        assert places == 6  # frontier, two over N, training, two of rewards
+        assert places == 8  # frontier, two over N, the same by another reward, training, two of rewards
         assert dom.count('class="main-svg"') >= places
         assert "errorbars" in dom
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ class ProcedureResult:
             where the measured KL is not above zero, or beyond the KLs for which the limit can be computed.
         captured: Share of the gain to be had at that KL, (W − ½) / (limit − ½), with an error that takes in the
             KL's; None where `limit` is.
+        judged: Win rate by each further reward where the procedure still chooses by the first: what a user gets if
+            that other reward is the truth.
     """
 
     procedure: str
@@ -70,6 +72,7 @@ class ProcedureResult:
     win_rate: Measured
     limit: float | None
     captured: Measured | None
+    judged: dict[str, Measured] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class MethodResult:
                         **entry,
                         "win_rate": Measured(**entry["win_rate"]),
                         "captured": None if entry["captured"] is None else Measured(**entry["captured"]),
+                        "judged": {name: Measured(**value) for name, value in entry.get("judged", {}).items()},
                     }
                 )
                 for entry in fields["procedures"]
@@ -211,6 +215,7 @@ def measure(
     procedures: Sequence[InferenceProcedure],
     *,
     reward: str = "reward",
+    judges: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     lengths_PG: ArrayLike | None = None,
     ref_lengths_PK: ArrayLike | None = None,
     truncated_PG: ArrayLike | None = None,
@@ -227,7 +232,8 @@ def measure(
         log_ratios_PG: (P, G) log π − log p of the policy responses, summed over the response, end token included, in
             nats; or the sum of exact per-token KLs.
         procedures: Procedures to judge by, each with n at most min(G, K).
-        reward: Name of the reward.
+        reward: Name of the reward, by which procedures choose.
+        judges: Further rewards that training never saw, name → (P, G) and (P, K) scores of the same responses.
         lengths_PG: (P, G) lengths of policy responses.
         ref_lengths_PK: (P, K) lengths of reference responses.
         truncated_PG: (P, G) True where a policy response was cut off before its end.
@@ -254,6 +260,10 @@ def measure(
             )
     if prompt_ids is not None and len(prompt_ids) != len(rewards_PG):
         raise InputError(f"{len(prompt_ids)} names for {len(rewards_PG)} prompts", where=f"{label}: prompt_ids")
+    judged = {
+        name: win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=scores, confidence=confidence)
+        for name, scores in (judges or {}).items()
+    }
     kl = sequence_kl(log_ratios_PG, confidence=confidence)
     useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
     # A ratio to a KL that may be zero says nothing.
@@ -269,7 +279,12 @@ def measure(
         useful_kl=Measured.of(useful),
         kl_efficiency=None if efficiency is None else efficiency.efficiency,
         kl_efficiency_error=None if efficiency is None else _known(efficiency.standard_error),
-        procedures=[_procedure_result(procedure, rate, kl) for procedure, rate in zip(procedures, rates, strict=True)],
+        procedures=[
+            _procedure_result(
+                procedure, rates[i], kl, {name: Measured.of(values[i]) for name, values in judged.items()}
+            )
+            for i, procedure in enumerate(procedures)
+        ],
         tie_share=_tie_share(rewards_PG, ref_rewards_PK),
         mean_length=_mean(lengths_PG),
         ref_mean_length=_mean(ref_lengths_PK),
@@ -381,7 +396,9 @@ def _on_chord(wins_P: np.ndarray, kls_P: np.ndarray, target_kls_P: np.ndarray) -
     return 0.5 + ratio * (wins_P - 0.5) + gain / kl * ((target_kls_P - target) - ratio * (kls_P - kl))
 
 
-def _procedure_result(procedure: InferenceProcedure, rate: Estimate, kl: Estimate) -> ProcedureResult:
+def _procedure_result(
+    procedure: InferenceProcedure, rate: Estimate, kl: Estimate, judged: dict[str, Measured]
+) -> ProcedureResult:
     """Win rate, limit at the measured KL, and the share of the limit's gain that was reached."""
     captured = None
     step = 0.01 * kl.estimate
@@ -401,7 +418,7 @@ def _procedure_result(procedure: InferenceProcedure, rate: Estimate, kl: Estimat
         spec = procedure.to_dict()
     except InputError:  # a user's own procedure need not be storable
         spec = None
-    return ProcedureResult(procedure.label, procedure.n, spec, Measured.of(rate), best, captured)
+    return ProcedureResult(procedure.label, procedure.n, spec, Measured.of(rate), best, captured, judged)
 
 
 def limit_within_reach(procedure: InferenceProcedure, kls: Sequence[float]) -> list[float] | None:

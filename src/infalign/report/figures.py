@@ -107,21 +107,27 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
     return {"data": traces, "layout": layout}
 
 
-def win_rate_over_n_figure(results: Sequence[MethodResult], family: str, look: Mapping[str, Style]) -> Figure | None:
+def win_rate_over_n_figure(
+    results: Sequence[MethodResult], family: str, look: Mapping[str, Style], *, judge: str | None = None
+) -> Figure | None:
     """Win rate against N for one family of procedures; None if fewer than three N were measured.
 
     Args:
         results: Methods.
         family: "best-of-n" or "worst-of-n"; the standard procedure counts as N = 1.
         look: Style of each method.
+        judge: Name of a further reward that judges what the procedure chose; None for the reward it chose by.
     """
     traces: list[dict[str, Any]] = []
     sizes: set[int] = set()
     for result in results:
         by_n = {
-            entry.n: entry.win_rate
+            entry.n: entry.win_rate if judge is None else entry.judged[judge]
             for entry in result.procedures
-            if entry.n is not None and entry.spec is not None and entry.spec.get("kind") in ("standard", family)
+            if entry.n is not None
+            and entry.spec is not None
+            and entry.spec.get("kind") in ("standard", family)
+            and (judge is None or judge in entry.judged)
         }
         order = sorted(by_n)
         sizes.update(order)
@@ -151,7 +157,10 @@ def win_rate_over_n_figure(results: Sequence[MethodResult], family: str, look: M
     name = "Best-of-N" if family == "best-of-n" else "Worst-of-N"
     layout = _layout(
         x={"title": {"text": "N"}, "type": "log", "tickvals": ticks, "ticktext": [str(n) for n in ticks]},
-        y={"title": {"text": f"{name} win rate"}, "tickformat": ".0%"},
+        y={
+            "title": {"text": f"{name} win rate" + ("" if judge is None else f" by {_escaped(judge)}")},
+            "tickformat": ".0%",
+        },
         height=360,
     )
     layout["shapes"] = [_half_line()]

@@ -145,6 +145,7 @@ def render(data: ReportData) -> str:
         results=results,
         columns=columns,
         findings=verdict(results, data.procedure, comparisons),
+        judges=_judges(results),
         comparisons=[comparison for comparison in comparisons if comparison.procedure in columns],
         look=look,
         strip=_strip_scale(results, columns),
@@ -172,6 +173,8 @@ def _figures(
         found[f"frontier:{label}"] = figure
     for family in ("best-of-n", "worst-of-n"):
         found[family] = figures.win_rate_over_n_figure(results, family, look)
+        for judge in _judges(results):
+            found[f"{family}:{judge}"] = figures.win_rate_over_n_figure(results, family, look, judge=judge)
     target = ((data.plan or {}).get("best") or {}).get("kl")
     known_curves = {label: records for label, records in data.curves.items() if label in look}
     found["training"] = figures.training_figure(known_curves, look, kl_target=target)
@@ -182,6 +185,11 @@ def _figures(
         values = {label: entry[key] for label, entry in data.rewards.items() if key in entry}
         found[place] = figures.histogram_figure(values, look, calibrated=place == "calibrated", title=title)
     return {place: figure for place, figure in found.items() if figure is not None}
+
+
+def _judges(results: Sequence[MethodResult]) -> list[str]:
+    """Names of the further rewards, in order of appearance."""
+    return list(dict.fromkeys(name for result in results for entry in result.procedures for name in entry.judged))
 
 
 def _strip_scale(results: Sequence[MethodResult], columns: Sequence[str]) -> dict[str, float]:

@@ -82,6 +82,14 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
             "every prompt is won or lost."
         )
     for result in results:
+        for entry in result.procedures:
+            for name, judged in entry.judged.items():
+                high, low = judged.high, entry.win_rate.low
+                if high is not None and low is not None and high < low:
+                    found.append(
+                        f"{result.label}, {entry.procedure}: by {name} the win rate is {percent(judged)}, clearly less "
+                        f"than by {first.reward}. Part of the gain is particular to {first.reward}."
+                    )
         if result.tie_share > 0.05:
             found.append(
                 f"{result.label}: {result.tie_share:.0%} of the pairs are ties, counted one half. The limit assumes "
