@@ -55,6 +55,15 @@ def _lagrange_projection() -> Array:
 PROJECTION: Array = _lagrange_projection()
 
 
+def _left_half() -> Array:
+    """Integrals from -1 to 0 of the Lagrange polynomials on the nodes."""
+    x = np.polynomial.legendre.legvander((NODES - 1.0) / 2.0, ORDER - 1)
+    return np.asarray(0.5 * WEIGHTS @ x @ PROJECTION, dtype=np.float64)
+
+
+_LEFT_HALF: Array = _left_half()
+
+
 @dataclass(frozen=True, eq=False)
 class Mesh:
     """Elements in the logit coordinate with their Gauss nodes.
@@ -158,25 +167,28 @@ def adapt(function: Callable[[Mesh], Array], mesh: Mesh, tolerance: float = 1e-1
     Raises:
         InputError: If the integral does not settle.
     """
-    values = mesh.weights * function(mesh)
-    pieces, lefts, rights = values.sum(axis=1), mesh.lefts, mesh.rights
+    first = mesh.jacobian * function(mesh)
+    values, lefts, rights = first, mesh.lefts, mesh.rights
     edges = [mesh.rights[-1:]]
-    elements, settled = pieces.size, 0.0
-    while pieces.size:
+    elements, settled = lefts.size, 0.0
+    while lefts.size:
         middles = 0.5 * (lefts + rights)
         halves = Mesh(np.stack([lefts, middles], 1).ravel(), np.stack([middles, rights], 1).ravel())
-        parts = (halves.weights * function(halves)).sum(axis=1)
-        both = parts.reshape(-1, 2).sum(axis=1)
+        finer = halves.jacobian * function(halves)
+        parts = (finer @ WEIGHTS).reshape(-1, 2)
+        both = parts.sum(axis=1)
         total = settled + float(both.sum())
         if not np.isfinite(total):
             raise InputError("the integrand is not finite", where="integral over [0, 1]")
-        done = np.abs(both - pieces) <= tolerance * max(total, 1e-300)
+        # The whole element tests the quadrature, its left half the polynomial that an `Antiderivative` evaluates.
+        change = np.maximum(np.abs(both - values @ WEIGHTS), np.abs(parts[:, 0] - values @ _LEFT_HALF))
+        done = change <= tolerance * max(total, 1e-300)
         settled += float(both[done].sum())
         edges.append(lefts[done])
         again = np.repeat(~done, 2)
-        pieces, lefts, rights = parts[again], halves.lefts[again], halves.rights[again]
+        values, lefts, rights = finer[again], halves.lefts[again], halves.rights[again]
         elements += int((~done).sum())
-        if elements > _MAX_ELEMENTS or (pieces.size and float((rights - lefts).min()) < 1e-12):
+        if elements > _MAX_ELEMENTS or (lefts.size and float((rights - lefts).min()) < 1e-12):
             raise InputError(
                 "the integral did not settle",
                 where="integral over [0, 1]",
@@ -206,12 +218,43 @@ class Antiderivative:
         element = np.clip(np.searchsorted(self._edges, flat, side="right") - 1, 0, self._edges.size - 2)
         left, right = self._edges[element], self._edges[element + 1]
         x = (2.0 * flat - left - right) / (right - left)
-        coefficients = self._coefficients[element]
-        # ∫ P_k from -1 to x is (P_{k+1} - P_{k-1}) / (2k+1), and x + 1 for k = 0.
-        result = self.at_edges[element] + coefficients[:, 0] * (x + 1.0)
-        before, current = np.ones_like(x), x
-        for degree in range(1, ORDER):
-            following = ((2 * degree + 1) * x * current - degree * before) / (degree + 1)
-            result += coefficients[:, degree] * (following - before) / (2 * degree + 1)
-            before, current = current, following
-        return result.reshape(t.shape)
+        inside, _ = _integrated_series(self._coefficients[element], x)
+        return (self.at_edges[element] + inside).reshape(t.shape)
+
+    def inverse(self, levels: Array) -> Array:
+        """Where the integral reaches given levels, in t, for a function that is not negative.
+
+        Args:
+            levels: Any shape, between 0 and the whole integral.
+        """
+        flat = levels.ravel()
+        element = np.clip(np.searchsorted(self.at_edges, flat, side="left") - 1, 0, self._edges.size - 2)
+        coefficients, wanted = self._coefficients[element], flat - self.at_edges[element]
+        low, high = np.full(flat.shape, -1.0), np.full(flat.shape, 1.0)
+        x = np.zeros(flat.shape)
+        # Newton within a shrinking bracket; a step out of the bracket halves it instead.
+        for _ in range(60):
+            value, slope = _integrated_series(coefficients, x)
+            below = value < wanted
+            low, high = np.where(below, x, low), np.where(below, high, x)
+            newton = x - (value - wanted) / np.maximum(slope, 1e-300)
+            following = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+            settled = np.abs(following - x).max(initial=0.0) < 1e-13
+            x = following
+            if settled:
+                break
+        left, right = self._edges[element], self._edges[element + 1]
+        return (0.5 * (left + right) + 0.5 * (right - left) * x).reshape(levels.shape)
+
+
+def _integrated_series(coefficients: Array, x: Array) -> tuple[Array, Array]:
+    """The integral from -1 to x of Legendre series, one per row, and the series at x."""
+    # ∫ P_k from -1 to x is (P_{k+1} - P_{k-1}) / (2k+1), and x + 1 for k = 0.
+    integral, value = coefficients[:, 0] * (x + 1.0), coefficients[:, 0].copy()
+    before, current = np.ones_like(x), x
+    for degree in range(1, ORDER):
+        following = ((2 * degree + 1) * x * current - degree * before) / (degree + 1)
+        integral += coefficients[:, degree] * (following - before) / (2 * degree + 1)
+        value += coefficients[:, degree] * current
+        before, current = current, following
+    return integral, value

@@ -83,7 +83,9 @@ class RewardTransform(ABC):
         beta = positive_beta(beta)
         top = float(self._value(np.array([1.0]))[0])
         _, integral = quadrature.adapt(
-            lambda mesh: np.exp((self._value(mesh.u) - top) / beta), quadrature.mesh_with_knots(self.knots)
+            lambda mesh: np.exp((self._value(mesh.u) - top) / beta),
+            quadrature.mesh_with_knots(self.knots),
+            rounding(top / beta),
         )
         return top / beta + math.log(integral)
 
@@ -351,6 +353,11 @@ def positive_beta(beta: float) -> float:
             f"beta = {beta!r} is not a positive finite number", where="beta", mend="Use a KL coefficient above 0"
         )
     return number
+
+
+def rounding(top: float) -> float:
+    """The relative accuracy to ask of integrals of exp(Φ/β): rounding of Φ(1)/β, `top`, sets its floor."""
+    return max(1e-13, 8.0 * float(np.finfo(np.float64).eps) * abs(top))
 
 
 def _frozen(values: npt.ArrayLike) -> Array:

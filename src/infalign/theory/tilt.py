@@ -16,7 +16,7 @@ from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
 from infalign.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots
 from infalign.theory.winrate import Objective
-from infalign.transforms import RewardTransform, positive_beta
+from infalign.transforms import RewardTransform, positive_beta, rounding
 
 Array = npt.NDArray[np.float64]
 
@@ -59,18 +59,18 @@ class TiltedPolicy:
         """A mesh that resolves f and f log f, log f at its nodes, and log Z relative to the unnormalised density."""
         if self._known is not None:
             log_weight, start = self._known
-            top = 0.0
+            top, tolerance = 0.0, 1e-12
         else:
             top = float(self.transform(1.0)) / self.beta
-            start = mesh_with_knots(self.transform.knots)
+            start, tolerance = mesh_with_knots(self.transform.knots), rounding(top)
 
             def log_weight(mesh: Mesh, /) -> Array:
                 return self.transform(mesh.u) / self.beta - top
 
-        mesh, integral = adapt(lambda mesh: np.exp(log_weight(mesh)), start)
+        mesh, integral = adapt(lambda mesh: np.exp(log_weight(mesh)), start, tolerance)
         log_integral = float(np.log(integral))
         # f log f + 1 is positive, and its integral is KL + 1: a mesh that resolves it resolves the KL.
-        mesh, _ = adapt(lambda mesh: 1.0 + _times_exp(log_weight(mesh) - log_integral), mesh)
+        mesh, _ = adapt(lambda mesh: 1.0 + _times_exp(log_weight(mesh) - log_integral), mesh, tolerance)
         return mesh, log_weight(mesh) - log_integral, top + log_integral
 
     @cached_property
@@ -121,15 +121,8 @@ class TiltedPolicy:
         probabilities = np.asarray(p, dtype=np.float64)
         if probabilities.size and not (probabilities.min() >= 0.0 and probabilities.max() <= 1.0):
             raise InputError("values outside [0, 1], or NaN", where="TiltedPolicy.quantile(p)")
-        edges = self._cumulative.mesh.edges
-        at_edges = self._cdf_at(edges)
-        element = np.clip(np.searchsorted(at_edges, probabilities, side="left") - 1, 0, edges.size - 2)
-        low, high = edges[element], edges[element + 1]
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            below = self._cdf_at(middle) < probabilities
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        u = expit(0.5 * (low + high))
+        cumulative = self._cumulative
+        u = expit(cumulative.inverse(probabilities * cumulative.at_edges[-1]))
         return np.where(probabilities <= 0.0, 0.0, np.where(probabilities >= 1.0, 1.0, u))
 
     def win_rate(self, procedure: InferenceProcedure, opponent: InferenceProcedure | None = None) -> float:
