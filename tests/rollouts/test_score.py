@@ -126,7 +126,7 @@ def test_rows_that_fail_are_unscored_and_counted(store):
     score_store(store, source, prompts, max_unscored=0.5)
     table = store.rewards(source.key).to_pylist()
     assert [row["reward"] for row in table[:5]] == [None, None, 2.0, 3.0, 4.0]
-    assert [row["error"] for row in table[:3]] == ["ValueError: nothing to judge", "the function returned None", None]
+    assert [row["error"] for row in table[:3]] == ["ValueError: nothing to judge", "it returned no reward", None]
     with pytest.raises(InputError, match="8 of 20 rollouts could not be scored"):
         store.rewards_PK(source.key, [prompt.id for prompt in prompts], 5)
     # What was scored is not scored again; what was not is tried again on request.

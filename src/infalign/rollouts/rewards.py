@@ -10,6 +10,7 @@ import numbers
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
+from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.tokens import require_chat_template
 
@@ -113,7 +115,7 @@ class FunctionReward(RewardSource):
         """
         kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
         try:
-            return self._checked(self._call(prompts, completions, kept), len(completions), 0)
+            return check_scores(self._call(prompts, completions, kept), len(completions), 0, self.key)
         except RewardError:
             raise
         except Exception as error:
@@ -127,7 +129,8 @@ class FunctionReward(RewardSource):
                 for name, value in kept.items()
             }
             try:
-                scored = self._checked(self._call(prompts[row : row + 1], completions[row : row + 1], one), 1, row)
+                values = self._call(prompts[row : row + 1], completions[row : row + 1], one)
+                scored = check_scores(values, 1, row, self.key)
                 rewards[row] = scored.rewards[0]
                 errors.append(scored.errors[0])
             except RewardError:
@@ -143,30 +146,77 @@ class FunctionReward(RewardSource):
         result = self._function(prompts=list(prompts), completions=list(completions), **columns)
         return _wait_for(result) if inspect.isawaitable(result) else result
 
-    def _checked(self, values: Any, count: int, first_row: int) -> Scores:
-        try:
-            listed = values.tolist() if hasattr(values, "tolist") else list(values)
-        except TypeError as error:
-            raise RewardError(f"it returned a {type(values).__name__}, not a list", where=self.key,
-                              mend="Return one number per completion") from error  # fmt: skip
-        if len(listed) != count:
-            raise RewardError(f"it returned {len(listed)} rewards for {count} completions", where=self.key,
-                              mend="Return one number per completion")  # fmt: skip
-        rewards = np.empty(count)
-        errors: list[str | None] = [None] * count
-        for row, value in enumerate(listed):
-            value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy or torch scalar
-            if value is None:
-                rewards[row], errors[row] = np.nan, "the function returned None"
-            elif not isinstance(value, numbers.Real):
-                raise RewardError(f"row {first_row + row}: the reward is {value!r}, not a number", where=self.key,
-                                  mend="Return a float, or None for a response that cannot be scored")  # fmt: skip
-            elif not np.isfinite(float(value)):
-                raise RewardError(f"row {first_row + row}: the reward is {float(value)}", where=self.key,
-                                  mend="Return None for a response that cannot be scored")  # fmt: skip
-            else:
-                rewards[row] = float(value)
-        return Scores(rewards, errors)
+
+def check_scores(values: Any, count: int, first_row: int, where: str) -> Scores:
+    """One finite number or None per response, or a RewardError that names the row."""
+    try:
+        listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    except TypeError as error:
+        raise RewardError(f"it returned a {type(values).__name__}, not a list", where=where,
+                          mend="Return one number per completion") from error  # fmt: skip
+    if len(listed) != count:
+        raise RewardError(f"it returned {len(listed)} rewards for {count} completions", where=where,
+                          mend="Return one number per completion")  # fmt: skip
+    rewards = np.empty(count)
+    errors: list[str | None] = [None] * count
+    for row, value in enumerate(listed):
+        value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy or torch scalar
+        if value is None:
+            rewards[row], errors[row] = np.nan, "it returned no reward"
+        elif not isinstance(value, numbers.Real):
+            raise RewardError(f"row {first_row + row}: the reward is {value!r}, not a number", where=where,
+                              mend="Return a float, or None for a response that cannot be scored")  # fmt: skip
+        elif not np.isfinite(float(value)):
+            raise RewardError(f"row {first_row + row}: the reward is {float(value)}", where=where,
+                              mend="Return None for a response that cannot be scored")  # fmt: skip
+        else:
+            rewards[row] = float(value)
+    return Scores(rewards, errors)
+
+
+class HTTPReward(RewardSource):
+    """A server that scores: gets `{"prompts": [...], "completions": [...]}`, answers `{"rewards": [...]}`.
+
+    A null among the rewards marks that response as unscored; so does a request that fails for good.
+
+    Args:
+        endpoint: The server, and how patient to be with it.
+        name: Names the source; change it when the server scores otherwise, for its address does not tell.
+        batch_size: Responses per request.
+        concurrency: Requests under way at the same time.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, name: str, batch_size: int = 64, concurrency: int = 8) -> None:
+        self._endpoint = endpoint
+        self._batch_size = batch_size
+        self._concurrency = concurrency
+        self.key = name
+        self.description = {"kind": "http"}
+
+    def score_rows(
+        self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
+    ) -> Scores:
+        """As `RewardSource.score_rows`; further columns are not sent.
+
+        Raises:
+            RewardError: The server gave another number of rewards, or one that is NaN, infinite or not a number.
+        """
+        starts = range(0, len(completions), self._batch_size)
+
+        def one(start: int) -> Scores:
+            stop = start + self._batch_size
+            content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
+            count = len(content["completions"])
+            try:
+                answer = self._endpoint.post("", content)
+            except EndpointError as error:
+                return Scores(np.full(count, np.nan), [str(error)] * count)
+            return check_scores(answer.get("rewards") if isinstance(answer, dict) else answer, count, start, self.key)
+
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            parts = list(pool.map(one, starts))
+        rewards = np.concatenate([part.rewards for part in parts]) if parts else np.empty(0)
+        return Scores(rewards, [error for part in parts for error in part.errors])
 
 
 def _import_function(name: str) -> Callable[..., Any]:

@@ -11,10 +11,10 @@ import numpy as np
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.progress import Progress, no_progress
-from infalign.rollouts.rewards import FunctionReward, RewardSource, Scores, SequenceClassificationReward
+from infalign.rollouts.rewards import FunctionReward, HTTPReward, RewardSource, Scores, SequenceClassificationReward
 from infalign.rollouts.store import RolloutStore
 
-__all__ = ["FunctionReward", "RewardSource", "Scores", "SequenceClassificationReward", "score_store"]
+__all__ = ["FunctionReward", "HTTPReward", "RewardSource", "Scores", "SequenceClassificationReward", "score_store"]
 
 
 def score_store(

@@ -1,0 +1,305 @@
+"""An OpenAI-compatible server that misbehaves in every way named, and a reward server: real sockets, scripted faults."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from infalign.data import Prompt
+from infalign.errors import InputError, MismatchError, RewardError
+from infalign.rollouts.endpoint import sample_endpoint
+from infalign.rollouts.http import Endpoint, EndpointError
+from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.score import HTTPReward
+from infalign.rollouts.store import RolloutStore
+
+KEY = RolloutKey("endpoint:toy", "none", max_new_tokens=5, seed=3, sampler="openai")
+PROMPTS = [Prompt(f"prompt {i}") for i in range(6)]
+
+
+class Server:
+    """Answers with `answer(number of the request, path, content, headers)` -> (status, headers, body bytes)."""
+
+    def __init__(self, answer: Callable, port: int = 0) -> None:
+        outer = self
+        self.answer, self.count, self.lock = answer, 0, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    number = outer.count
+                    outer.count += 1
+                status, headers, body = outer.answer(number, self.path, content, self.headers)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+            def handle(self):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up, as it should
+                    super().handle()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def choices(content, n=None, reason="stop"):
+    text = content.get("prompt") or content["messages"][-1]["content"]
+    made = []
+    for i in range(content["n"] if n is None else n):
+        said = f"{text}/{content['seed']}/{i}"
+        made.append({"text": said} if "prompt" in content else {"message": {"role": "assistant", "content": said}})
+        made[-1]["finish_reason"] = reason
+    return 200, {}, json.dumps({"choices": made}).encode()
+
+
+def endpoint(server, **changes):
+    return Endpoint(server.url, **{"timeout": 5.0, "retries": 4, "first_wait": 0.01, **changes})
+
+
+def draw(server, path, prompts=PROMPTS, num_samples=4, **changes):
+    store = RolloutStore.open(path, KEY)
+    return store, sample_endpoint(endpoint(server, **changes), "toy", prompts, num_samples, store=store, concurrency=3)
+
+
+def test_all_rollouts_of_a_prompt_in_one_request(tmp_path):
+    asked = []
+
+    def answer(number, path, content, headers):
+        asked.append((path, content))
+        return choices(content)
+
+    with Server(answer) as server:
+        store, drawn = draw(server, tmp_path / "store")
+        assert drawn == 24
+        assert len(asked) == 6
+        path, content = asked[0]
+        assert path == "/v1/completions"
+        assert (content["n"], content["max_tokens"], content["temperature"], content["top_p"]) == (4, 5, 1.0, 1.0)
+        texts = store.column_PK("text", [p.id for p in PROMPTS], 4)
+        assert len(set(texts.ravel())) == 24
+        assert all(text.startswith(p.prompt) for p, row in zip(PROMPTS, texts, strict=True) for text in row)
+        with pytest.raises(InputError, match="24 rollouts have no logprob"):
+            store.column_PK("logprob", [p.id for p in PROMPTS], 4)
+        # Started again it has nothing to do; more samples are only the new ones.
+        assert draw(server, tmp_path / "store")[1] == 0
+        assert draw(server, tmp_path / "store", num_samples=5)[1] == 6
+
+
+def test_messages_and_token_counts(tmp_path):
+    chat = Prompt([{"role": "user", "content": "Hi"}])
+    paths = []
+
+    def answer(number, path, content, headers):
+        paths.append(path)
+        return choices(content, reason="stop" if number else "length")
+
+    with Server(answer) as server:
+        store = RolloutStore.open(tmp_path / "store", KEY)
+        for k in (1, 2):
+            sample_endpoint(
+                endpoint(server), "toy", [chat], k, store=store, count_tokens=lambda text: len(text.split("/"))
+            )
+        assert store.column_PK("num_tokens", [chat.id], 2).tolist() == [[3, 4]]  # the second with its end token
+    assert paths == ["/v1/chat/completions"] * 2
+
+
+def test_a_server_that_ignores_n_is_asked_singly(tmp_path):
+    with Server(lambda number, path, content, headers: choices(content, n=1)) as server:
+        store, drawn = draw(server, tmp_path / "store")
+        assert drawn == server.count == 24
+    assert len(set(store.column_PK("text", [p.id for p in PROMPTS], 4).ravel())) == 24
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (429, {"Retry-After": "0.02"}, b"slow down"),
+        (500, {}, b"oops"),
+        (503, {}, b""),
+        (200, {}, b"{not json"),
+        (200, {}, b"\xff\xfe"),
+        (200, {"Content-Length": "1000"}, b"cut"),  # the connection ends before the answer does
+    ],
+    ids=["429", "500", "503", "malformed", "not UTF-8", "cut off"],
+)
+def test_passing_faults_are_outlived(tmp_path, fault):
+    def answer(number, path, content, headers):
+        if number % 3:
+            return choices(content)
+        if "1000" in fault[1].values():
+            time.sleep(0.01)
+        return fault
+
+    with Server(answer) as server:
+        store, drawn = draw(server, tmp_path / "store", timeout=0.5)
+    assert drawn == len(store) == 24
+
+
+def test_a_time_out_is_outlived(tmp_path):
+    def answer(number, path, content, headers):
+        if number == 0:
+            time.sleep(0.6)
+        return choices(content)
+
+    with Server(answer) as server:
+        assert draw(server, tmp_path / "store", timeout=0.3)[1] == 24
+
+
+def test_a_server_that_dies_keeps_what_was_drawn_and_can_come_back(tmp_path):
+    broken = threading.Event()
+
+    def answer(number, path, content, headers):
+        if number >= 3 and not broken.is_set():
+            return 500, {}, b"out of memory"
+        return choices(content)
+
+    with Server(answer) as server:
+        port = server.port
+        with pytest.raises(EndpointError, match=r"3 of 6 prompts could not be finished; the first: .*out of memory"):
+            draw(server, tmp_path / "store", retries=1)
+    assert len(RolloutStore.read(tmp_path / "store")) == 12
+    # Nobody listens now.
+    with pytest.raises(EndpointError, match="no usable answer in 2 tries"):
+        draw(server, tmp_path / "store", retries=1)
+    broken.set()
+    with Server(answer, port) as server:
+        assert draw(server, tmp_path / "store")[1] == 12
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error": "x"}', "the answer has no choices"),
+        (b'{"choices": []}', "no finished choice"),
+        (b'{"choices": [{"text": "a", "finish_reason": "content_filter"}]}', "no finished choice"),
+        (b'{"choices": [{"text": null, "finish_reason": "stop"}, 3]}', "no finished choice"),
+    ],
+)
+def test_answers_without_a_usable_choice_are_reported(tmp_path, body, message):
+    with (
+        Server(lambda *request: (200, {}, body)) as server,
+        pytest.raises(EndpointError, match=f"6 of 6 prompts.*{message}"),
+    ):
+        draw(server, tmp_path / "store", retries=1)
+
+
+def test_a_refused_request_is_not_repeated(tmp_path):
+    with Server(lambda *request: (404, {}, b"no such model")) as server:
+        with pytest.raises(EndpointError, match="status 404: no such model"):
+            draw(server, tmp_path / "store", prompts=PROMPTS[:1])
+        assert server.count == 1
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monkeypatch):
+    seen = []
+
+    def answer(number, path, content, headers):
+        seen.append(headers["Authorization"])
+        return choices(content) if number else (401, {}, b"who are you")
+
+    with Server(answer) as server:
+        monkeypatch.delenv("TOY_KEY", raising=False)
+        with pytest.raises(EndpointError, match="TOY_KEY is not set"):
+            draw(server, tmp_path / "store", api_key_variable="TOY_KEY")
+        monkeypatch.setenv("TOY_KEY", "very-secret")
+        with pytest.raises(EndpointError) as caught:
+            draw(server, tmp_path / "store", prompts=PROMPTS[:1], api_key_variable="TOY_KEY")
+        assert "very-secret" not in str(caught.value)
+        draw(server, tmp_path / "store", api_key_variable="TOY_KEY")
+        assert seen[-1] == "Bearer very-secret"
+    for file in (tmp_path / "store").rglob("*"):
+        assert not file.is_file() or b"very-secret" not in file.read_bytes()
+    with pytest.raises(InputError, match="password") as caught:
+        Endpoint("http://me:very-secret@example.org/v1")
+    assert "very-secret" not in str(caught.value)
+    with pytest.raises(InputError, match="not an http address"):
+        Endpoint("ftp://example.org")
+
+
+def test_stores_of_other_samplers_are_refused(tmp_path):
+    store = RolloutStore.open(tmp_path / "store", RolloutKey("m", "t", 5, 3))
+    with pytest.raises(MismatchError, match="transformers"):
+        sample_endpoint(Endpoint("http://127.0.0.1:9/v1"), "toy", PROMPTS, 1, store=store)
+
+
+def test_a_reward_server():
+    def answer(number, path, content, headers):
+        assert path == "/v1"
+        if "broken" in content["completions"]:
+            return 500, {}, b"cannot"
+        return 200, {}, json.dumps({"rewards": [len(c) or None for c in content["completions"]]}).encode()
+
+    with Server(answer) as server:
+        source = HTTPReward(endpoint(server, retries=1), name="lengths-v1", batch_size=2)
+        scores = source.score_rows(["p"] * 5, ["a", "", "ccc", "broken", "e"])
+        np.testing.assert_array_equal(scores.rewards, [1, np.nan, np.nan, np.nan, 1])
+        assert scores.errors[1] == "it returned no reward"
+        assert "cannot" in scores.errors[3]
+        assert scores.errors[0] is None
+    for body, message in (
+        (b'{"rewards": [1]}', "1 rewards for 2"),
+        (b'{"rewards": [1, NaN]}', "row 1: the reward is nan"),
+    ):
+        with Server(lambda *request, body=body: (200, {}, body)) as server, pytest.raises(RewardError, match=message):
+            HTTPReward(endpoint(server), name="bad").score(["p", "q"], ["a", "b"])
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
+    reason="transformers serve needs fastapi and uvicorn (pip install transformers[serving])",
+)
+def test_transformers_serve(tmp_path, letters):
+    import subprocess
+    import sys
+
+    letters.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    letters.model.save_pretrained(tmp_path / "model")
+    letters.tokenizer.save_pretrained(tmp_path / "model")
+    letters.tokenizer.chat_template = None
+    port = 18000 + int(time.time()) % 1000
+    with open(tmp_path / "log", "w") as log:
+        command = [
+            sys.executable,
+            "-m",
+            "transformers.cli.transformers",
+            "serve",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        chat = Prompt([{"role": "user", "content": "Hi"}])
+        store = RolloutStore.open(tmp_path / "store", KEY)
+        patient = Endpoint(f"http://127.0.0.1:{port}/v1", retries=30, first_wait=0.5, timeout=60)
+        assert sample_endpoint(patient, str(tmp_path / "model"), [chat], 3, store=store, concurrency=1) == 3
+        assert len(store.lists_PK("text", [chat.id], 3)[0]) == 3
+    finally:
+        server.terminate()
+        server.wait(20)
