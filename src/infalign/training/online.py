@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -46,7 +47,10 @@ FIXED = {
     "mask_truncated_completions": False,  # a truncated response is a response: it was calibrated as one
     "remove_unused_columns": False,
     "sync_ref_model": False,
+    "shuffle_dataset": False,  # the order is drawn beforehand, so that a resumed training sees the same one
 }
+
+_ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def align(
         model,
         tokenizer,
         reward,
-        Dataset.from_list([{"prompt": p.prompt, "prompt_id": p.id, **_extra_columns(p)} for p in prompts]),
+        _training_rows(prompts, steps * prompts_per_step, seed),
         callback,
         lora,
         _rloo_config(
@@ -146,7 +150,7 @@ def align(
     )
     checkpoint = last_checkpoint(out / "checkpoints")
     callback.restore(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _train(trainer, checkpoint)
     return _save(trainer, tokenizer, out, reward.beta, callback.steps)
 
 
@@ -242,6 +246,24 @@ def _rloo_config(
         raise InputError(str(error), where="training.rloo", mend="See TRL's RLOOConfig for the fields") from error
 
 
+def _train(trainer: RLOOTrainer, checkpoint: Path | None) -> None:
+    """Train, telling apart the failures that a setting can mend; checkpoints made so far stay."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device ran out of memory",
+            where="training",
+            mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise TrainingError(
+            "the policy's probabilities are no longer finite", where="training", mend=_ADVICE
+        ) from error
+
+
 def _make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -270,8 +292,20 @@ def _make_trainer(
     return trainer
 
 
-def _extra_columns(prompt: Prompt) -> dict[str, Any]:
-    return {name: value for name, value in prompt.row.items() if name not in {"prompt", "prompt_id"}}
+def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
+    """The whole training as one epoch: `count` prompts, every prompt once before any comes again, in random order.
+
+    TRL's own shuffling starts afresh when a training resumes in a later epoch; an order that is part of the data does
+    not.
+    """
+    columns = [{k: v for k, v in p.row.items() if k not in {"prompt", "prompt_id"}} for p in prompts]
+    rows = [
+        {"prompt": prompt.prompt, "prompt_id": prompt.id, **extra}
+        for prompt, extra in zip(prompts, columns, strict=True)
+    ]
+    rng = np.random.default_rng(seed)
+    rounds = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
+    return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])
 
 
 class _Steering(TrainerCallback):
@@ -313,7 +347,7 @@ class _Steering(TrainerCallback):
             raise TrainingError(
                 f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
                 where="training",
-                mend="Lower training.learning_rate; the last checkpoint is kept and the same command resumes from it",
+                mend=_ADVICE,
             )
         self.steps.append(
             TrainingStep(

@@ -1,0 +1,98 @@
+"""Policies small enough to enumerate: every response of up to two tokens, with its exact probability."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infalign.calibration import RewardCalibrator
+from infalign.data import Prompt
+from infalign.rollouts.models import load_policy
+from infalign.rollouts.rewards import FunctionReward
+from infalign.testbed.toy import random_llama
+from infalign.training.reward import TransformedReward
+from infalign.transforms import RewardTransform
+
+TOKENS = 2
+PROMPTS = [Prompt("a b"), Prompt("c d a")]
+
+
+def hashed_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """An arbitrary fixed score of each text, without ties between different texts."""
+    return [(zlib.crc32(f"{p}|{c}".encode()) % 100_003) / 100_003 for p, c in zip(prompts, completions, strict=True)]
+
+
+def enumerate_responses(model: Any, tokenizer: Any, prompt: str) -> dict[tuple[int, ...], float]:
+    """Every response with its exact log-probability."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    growing: dict[tuple[int, ...], float] = {(): 0.0}
+    finished: dict[tuple[int, ...], float] = {}
+    for position in range(TOKENS):
+        batch = torch.cat([torch.cat([ids, torch.tensor([s], dtype=torch.long)], 1) for s in growing])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(batch).logits[:, -1].double(), -1)
+        grown: dict[tuple[int, ...], float] = {}
+        for (start, logprob), row in zip(growing.items(), logprobs.tolist(), strict=True):
+            for token, value in enumerate(row):
+                ended = token == tokenizer.eos_token_id or position == TOKENS - 1
+                (finished if ended else grown)[(*start, token)] = logprob + value
+        growing = grown
+    return finished
+
+
+@dataclass
+class Testbed:
+    """A tiny reference, its exact response distribution, and a reward calibrated on draws from it."""
+
+    __test__ = False
+
+    reference: Path
+    vocabulary: int
+    num_ref: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        random_llama(self.reference, self.vocabulary, hidden_size=32, seed=self.seed)
+        model, self.tokenizer = load_policy(self.reference)
+        rng = np.random.default_rng(self.seed)
+        self.responses = [enumerate_responses(model, self.tokenizer, p.prompt) for p in PROMPTS]
+        drawn = []
+        for prompt, responses in zip(PROMPTS, self.responses, strict=True):
+            probabilities = np.exp(list(responses.values()))
+            assert abs(probabilities.sum() - 1) < 1e-9
+            rewards = self.rewards(prompt, responses)
+            drawn.append(rewards[rng.choice(len(rewards), self.num_ref, p=probabilities / probabilities.sum())])
+        self.calibrator = RewardCalibrator().fit(np.array(drawn))
+
+    def rewards(self, prompt: Prompt, responses: dict[tuple[int, ...], float]) -> np.ndarray:
+        texts = [self.tokenizer.decode(s, skip_special_tokens=True) for s in responses]
+        return np.array(hashed_reward([prompt.prompt] * len(texts), texts))
+
+    def reward(self, transform: RewardTransform, beta: float) -> TransformedReward:
+        return TransformedReward(
+            FunctionReward(hashed_reward), self.calibrator, [p.id for p in PROMPTS], transform, beta
+        )
+
+    def optimum(self, reward: TransformedReward, index: int) -> tuple[np.ndarray, float]:
+        """p·exp(Φ_K/β)/Z by enumeration, and its KL."""
+        responses, prompt = self.responses[index], PROMPTS[index]
+        tilt = reward.tilt(self.rewards(prompt, responses), [prompt.id] * len(responses))
+        log_weights = np.array(list(responses.values())) + tilt
+        weights = np.exp(log_weights - log_weights.max())
+        target = weights / weights.sum()
+        return target, float((target * (np.log(target) - np.array(list(responses.values())))).sum())
+
+    def distance(self, model_folder: Path, reward: TransformedReward) -> list[float]:
+        """Total variation between a trained policy and the optimum, for each prompt."""
+        model, tokenizer = load_policy(model_folder)
+        out = []
+        for index, prompt in enumerate(PROMPTS):
+            reached = enumerate_responses(model, tokenizer, prompt.prompt)
+            probabilities = np.exp([reached[s] for s in self.responses[index]])
+            out.append(0.5 * float(np.abs(probabilities - self.optimum(reward, index)[0]).sum()))
+        return out

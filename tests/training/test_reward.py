@@ -1,0 +1,94 @@
+"""Score → calibrate → transform, as a trainer calls it."""
+
+import numpy as np
+import pytest
+
+from infalign.calibration import RewardCalibrator
+from infalign.errors import InputError, RewardError
+from infalign.rollouts.rewards import FunctionReward
+from infalign.theory.finite_k import rank_conditional_tilt
+from infalign.training.reward import TransformedReward
+from infalign.transforms import Exponential, Identity, Log
+
+
+def length_reward(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+def make(transform, beta=0.5, references=((1.0, 2.0, 3.0), (10.0, 20.0, 30.0))):
+    calibrator = RewardCalibrator().fit([list(r) for r in references])
+    return TransformedReward(FunctionReward(length_reward), calibrator, ["p", "q"], transform, beta)
+
+
+def test_by_hand():
+    """K = 3: a length of 2.5 beats two of p's references; of q's it beats none."""
+    reward = make(Exponential(3.0), beta=0.5)
+    table = rank_conditional_tilt(Exponential(3.0), 0.5, 3) / 0.5
+    completions = ["xx" + "x" * 23, "xx"]
+    assert reward(["?", "?"], completions, prompt_id=["q", "q"]) == pytest.approx([table[2], table[0]])
+    assert reward(["?"], ["xxxx"], prompt_id=["p"]) == pytest.approx([table[3]])
+    assert reward.calibrate(np.array([2.5]), ["p"]) == pytest.approx([2 / 3])
+
+
+def test_a_tie_keeps_the_normaliser_exact():
+    """Equal to one reference: the ranks below and above it are equally likely (M6)."""
+    reward = make(Exponential(3.0), beta=0.5)
+    table = rank_conditional_tilt(Exponential(3.0), 0.5, 3) / 0.5
+    (tied,) = reward(["?"], ["xx"], prompt_id=["p"])
+    assert np.exp(tied) == pytest.approx((np.exp(table[1]) + np.exp(table[2])) / 2)
+
+
+def test_the_log_transform_stays_finite_below_all_references():
+    assert np.isfinite(make(Log(), beta=1 / 3)(["?"], [""], prompt_id=["q"])).all()
+
+
+def test_changing_beta_changes_the_next_rewards():
+    reward = make(Identity(), beta=1.0)
+    (before,) = reward(["?"], ["xxxx"], prompt_id=["p"])
+    reward.beta = 0.1
+    (after,) = reward(["?"], ["xxxx"], prompt_id=["p"])
+    assert before == pytest.approx(rank_conditional_tilt(Identity(), 1.0, 3)[3])
+    assert after == pytest.approx(rank_conditional_tilt(Identity(), 0.1, 3)[3] / 0.1)
+
+
+def test_ragged_references_use_each_prompts_own_number():
+    reward = make(Identity(), references=((1.0, 2.0), (10.0, 20.0, 30.0, 40.0)))
+    got = reward(["?", "?"], ["xxx", "x" * 50], prompt_id=["p", "q"])
+    expected = [rank_conditional_tilt(Identity(), 0.5, 2)[2] / 0.5, rank_conditional_tilt(Identity(), 0.5, 4)[4] / 0.5]
+    assert got == pytest.approx(expected)
+
+
+def test_metrics_reach_the_trainer():
+    seen = {}
+    make(Identity())(["?", "?"], ["xxxx", ""], prompt_id=["p", "p"], log_metric=seen.__setitem__)
+    assert seen == {"calibrated_reward": pytest.approx(0.5), "raw_reward": pytest.approx(2.0)}
+
+
+def test_unknown_and_missing_prompt_ids():
+    reward = make(Identity())
+    with pytest.raises(InputError, match="'z' has no reference rollouts"):
+        reward(["?"], ["x"], prompt_id=["z"])
+    with pytest.raises(InputError, match="no column prompt_id"):
+        reward(["?"], ["x"])
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, np.nan, np.inf])
+def test_beta_must_be_positive(beta):
+    with pytest.raises(InputError, match="beta must be a positive number"):
+        make(Identity(), beta=beta)
+
+
+def test_as_many_ids_as_prompts():
+    calibrator = RewardCalibrator().fit([[1.0, 2.0]])
+    with pytest.raises(InputError, match="2 prompt ids for a calibrator of 1 prompts"):
+        TransformedReward(FunctionReward(length_reward), calibrator, ["p", "q"], Identity(), 1.0)
+
+
+def test_nan_is_an_error_not_a_number():
+    def broken(prompts, completions):
+        return [float("nan")] * len(prompts)
+
+    calibrator = RewardCalibrator().fit([[1.0, 2.0]])
+    reward = TransformedReward(FunctionReward(broken), calibrator, ["p"], Identity(), 1.0)
+    with pytest.raises(RewardError):
+        reward(["?"], ["x"], prompt_id=["p"])
