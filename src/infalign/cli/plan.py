@@ -51,6 +51,10 @@ def plan_command(
     """Find the reward transform that a KL budget is best spent on, beside the usual choices at the same KL."""
     from infalign.theory.plan import plan  # here, so that `infalign --help` stays quick
 
+    if plot is not None:
+        from infalign.report.theory_figures import check_ending
+
+        check_ending(plot)  # before the work, not after it
     chosen = parse_procedure(procedure, n, k)
     result = plan(
         chosen,

@@ -1,0 +1,126 @@
+"""`infalign plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import infalign as ia
+from infalign.cli.plan import parse_procedure, plan_command
+
+
+@pytest.fixture
+def plan():
+    """Runs the verb; errors of the user come out as exceptions."""
+    app = typer.Typer()
+    app.command("plan")(plan_command)
+    app.command("other")(lambda: None)  # with two verbs, the verb's name is part of the command line
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_json_is_alone_on_stdout_and_holds_the_plan(plan):
+    result = plan("best-of-n", "--n", 4, "--beta", 0.1, "--json")
+    assert result.exit_code == 0
+    content = json.loads(result.stdout)
+    best = ia.optimal_transform(ia.BestOfN(4), 0.1)
+    assert content["kl"] == pytest.approx(best.kl, abs=1e-9)
+    assert content["win_rate"] == pytest.approx(best.win_rate, abs=1e-9)
+    assert content["standard_win_rate"] == pytest.approx(best.standard_win_rate, abs=1e-9)
+    assert content["beta"] == 0.1
+    assert content["procedure"] == {"kind": "best-of-n", "n": 4}
+    labels = [option["label"] for option in content["alternatives"]]
+    assert labels[:3] == ["identity", "log", "exponential, t=10"]
+
+
+def test_the_table_names_every_choice_and_the_price_of_few_rollouts(plan):
+    result = plan("worst-of-4", "--kl", 0.5, "--num-ref", 16, "--num-ref", 64, "--also", "standard")
+    assert result.exit_code == 0
+    for text in ("Worst-of-4", "0.9479", "identity", "log", "exponential, t=-10", "lost", "K = 16", "K = 64"):
+        assert text in result.stdout
+
+
+def test_the_saved_transform_is_the_plans(plan, tmp_path):
+    path = tmp_path / "transform.json"
+    plan("best-of-4", "--kl", 0.5, "--save", path, "--json")
+    saved = ia.RewardTransform.load(path)
+    assert ia.TiltedPolicy(saved, json.loads(path.read_text())["about"]["beta"]).kl == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("html", b"<!doctype html>")])
+def test_figures_are_drawn(plan, tmp_path, ending, start):
+    pytest.importorskip("plotly" if ending == "html" else "matplotlib")
+    path = tmp_path / f"plan.{ending}"
+    result = plan("best-of-2", "--kl", 0.3, "--plot", path, "--json")
+    json.loads(result.stdout)
+    assert path.read_bytes().startswith(start)
+
+
+def test_an_opponent_and_a_file(plan, tmp_path):
+    path = tmp_path / "mixture.json"
+    mixture = ia.Mixture([(0.5, ia.Standard()), (0.5, ia.BestOfN(4))])
+    path.write_text(json.dumps(mixture.to_dict()))
+    content = json.loads(plan(path, "--beta", 0.2, "--opponent", "standard", "--json").stdout)
+    best = ia.optimal_transform(mixture, 0.2, opponent=ia.Standard())
+    assert content["win_rate"] == pytest.approx(best.win_rate, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["best-of-n", "--beta", 0.1], "--n 4"),
+        (["best-of-n", "--n", 0, "--beta", 0.1], "whole number"),
+        (["best-of-n", "--n", 4, "--k", 2, "--beta", 0.1], "--k does not go"),
+        (["best-of-4", "--n", 4, "--beta", 0.1], "do not go with"),
+        (["order-statistic", "--n", 4, "--beta", 0.1], "--k"),
+        (["order-statistic", "--n", 4, "--k", 5, "--beta", 0.1], "more than n"),
+        (["beam-search", "--beta", 0.1], "unknown procedure"),
+        (["best-of-4"], "exactly one"),
+        (["best-of-4", "--beta", 0.1, "--kl", 0.5], "exactly one"),
+        (["best-of-4", "--beta", -1], "beta"),
+        (["best-of-4", "--kl", 0], "positive"),
+        (["worst-of-64", "--kl", 5], "out of reach"),
+        (["best-of-4", "--kl", 0.5, "--num-ref", 0], "num_ref"),
+        (["best-of-4", "--kl", 0.5, "--plot", "plan.pdf"], r"\.png, \.svg or \.html"),
+    ],
+)
+def test_mistakes_are_named(plan, arguments, message):
+    with pytest.raises(ia.InputError, match=message):
+        plan(*arguments)
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(ia.StorageError, match="missing"):
+        parse_procedure(str(tmp_path / "missing.json"))
+    path = tmp_path / "other.json"
+    for content, message in [("[1]", "description"), ("{", "JSON"), ('{"kind": "beam"}', "unknown procedure kind")]:
+        path.write_text(content)
+        with pytest.raises(ia.InputError, match=message):
+            parse_procedure(str(path))
+
+
+def test_names_on_the_command_line():
+    assert parse_procedure("Best-of-4") == ia.BestOfN(4)
+    assert parse_procedure("worst-of-8") == ia.WorstOfN(8)
+    assert parse_procedure("3-of-5") == ia.OrderStatistic(k=3, n=5)
+    assert parse_procedure("standard") == ia.Standard()
+
+
+def test_importing_the_library_is_light():
+    """`import infalign` loads no array library at all; the names come on first use."""
+    heavy = "torch", "transformers", "matplotlib", "plotly", "scipy", "numpy"
+    code = f"import sys, infalign; print([name for name in {heavy!r} if name in sys.modules]); infalign.BestOfN(4)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    for name in ia.__all__:
+        assert getattr(ia, name) is not None
+        assert name in dir(ia)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ia.nothing
