@@ -17,27 +17,29 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from infalign.estimators import win_rate, win_rates
+from infalign.estimators import mean_estimate, win_rate, win_rates
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 
 SHIFT_MEAN, SHIFT_SD = 0.4, 0.5
 
 
-def draw(rng: np.random.Generator, num_prompts: int, num_samples: int, ties: bool) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    rng: np.random.Generator, num_prompts: int, num_samples: int, ties: bool, shift_mean: float = SHIFT_MEAN
+) -> tuple[np.ndarray, np.ndarray]:
     """Policy and reference rewards, (P, M) each."""
-    shift_P1 = SHIFT_MEAN + SHIFT_SD * rng.standard_normal((num_prompts, 1))
+    shift_P1 = shift_mean + SHIFT_SD * rng.standard_normal((num_prompts, 1))
     rewards = shift_P1 + rng.standard_normal((num_prompts, num_samples))
     ref_rewards = rng.standard_normal((num_prompts, num_samples))
     return (rewards.round(), ref_rewards.round()) if ties else (rewards, ref_rewards)
 
 
-def true_win_rate(procedure: InferenceProcedure, ties: bool) -> float:
+def true_win_rate(procedure: InferenceProcedure, ties: bool, shift_mean: float = SHIFT_MEAN) -> float:
     """Population win rate by Gauss-Hermite quadrature over δ and a fine sum over the reward."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     edges = np.arange(-12.5, 13.5) if ties else np.linspace(-9, 11, 40_001)
     total = 0.0
     for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-        ours = procedure.distortion(stats.norm.cdf(edges - SHIFT_MEAN - SHIFT_SD * node))
+        ours = procedure.distortion(stats.norm.cdf(edges - shift_mean - SHIFT_SD * node))
         theirs = procedure.distortion(stats.norm.cdf(edges))
         # P(win) + ½ P(tie), cell by cell; with cells of 5e-4 the tie term is the trapezoid rule.
         total += weight * float(np.sum(np.diff(ours) * 0.5 * (theirs[1:] + theirs[:-1])))
@@ -70,6 +72,21 @@ def coverage(rng: np.random.Generator, trials: int) -> list[dict[str, object]]:
                             "coverage_error": float(np.sqrt(hits / count * (1 - hits / count) / count)),
                         }
                     )
+    return rows
+
+
+def coverage_near_one(rng: np.random.Generator, trials: int) -> list[dict[str, object]]:
+    """Where the interval is at its limits: nearly every prompt is won. Beside it W ± t·SE, on the same data."""
+    rows: list[dict[str, object]] = []
+    for shift_mean in (1.2, 2.0):
+        for num_prompts in (5, 10, 20, 50, 200):
+            truth, hits, plain = true_win_rate(BestOfN(4), False, shift_mean), 0, 0
+            for _ in range(trials):
+                got = win_rate(*draw(rng, num_prompts, 16, False, shift_mean), BestOfN(4))
+                hits += got.confidence_interval[0] <= truth <= got.confidence_interval[1]
+                low, high = mean_estimate(got.per_prompt).confidence_interval
+                plain += low <= truth <= high
+            rows.append({"P": num_prompts, "M": 16, "W": truth, "coverage": hits / trials, "plain_t": plain / trials})
     return rows
 
 
@@ -153,6 +170,7 @@ def main() -> None:
     scale = 1 if options.quick else 10
     results = {
         "coverage": coverage(rng, 400 * scale),
+        "coverage_near_one": coverage_near_one(rng, 400 * scale),
         "naive": against_naive(rng, 4_000_000 * scale),
         "speed": speed(rng, 10_000),
     }
@@ -160,6 +178,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
         return
     print("## Bias and coverage of 95 % intervals\n\n" + table(results["coverage"]))
+    print("\n## Coverage where nearly every prompt is won\n\n" + table(results["coverage_near_one"]))
     print("\n## Against naive estimators, same samples\n\n" + table(results["naive"]))
     print("\n## Speed\n\n" + table([results["speed"]]))
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from infalign.errors import InputError, StorageError
+from infalign.estimators import mean_estimate
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.run import compare, measure
+from infalign.evaluation.run import Measured, compare, measure
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report import figures
 from infalign.report.page import ReportData, markdown_table, write_report
@@ -277,6 +278,20 @@ class TestWords:
         (finding,) = verdict([same], "Best-of-4", [])
         assert not finding.resolved
         assert "not resolved whether same differs from the reference" in finding.sentence
+
+    def test_many_methods_are_many_chances(self):
+        # One method at p ≈ 0.03 is resolved alone, and not among ten that differ in nothing.
+        rng = np.random.default_rng(0)
+        noise = rng.normal(size=60)
+        noise = (noise - noise.mean()) / noise.std(ddof=1)
+        wins = (0.5 + 0.1 * (noise + 2.2 / np.sqrt(60))).tolist()
+        base = method("a", 0.0)
+        entry = base.of("Best-of-4")
+        edge = dataclasses.replace(entry, win_rate=Measured.of(mean_estimate(wins)))
+        one = dataclasses.replace(base, procedures=[edge])
+        others = [dataclasses.replace(method(str(i), 0.0), procedures=[entry]) for i in range(9)]
+        assert verdict([one], "Best-of-4", [])[0].resolved
+        assert not any(finding.resolved for finding in verdict([one, *others], "Best-of-4", []))
 
     def test_verdict_of_a_worse_model(self):
         (finding,) = verdict([method("worse", -0.8)], "Best-of-4", [])

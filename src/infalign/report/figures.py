@@ -26,6 +26,7 @@ _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexa
 _MARKERS = ("o", "D", "s", "^", "P", "*", "h", "X")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
 REFERENCE_COLOUR = "#7b8190"
+MOST_IN_LEGEND = 12  # more names would leave no room for the figure; they are still under the pointer and in the table
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
         height=430,
     )
     layout["shapes"] = [_half_line()]
+    layout["showlegend"] = len(data.points) <= MOST_IN_LEGEND
     return {"data": traces, "layout": layout}
 
 
@@ -158,12 +160,13 @@ def win_rate_over_n_figure(
     layout = _layout(
         x={"title": {"text": "N"}, "type": "log", "tickvals": ticks, "ticktext": [str(n) for n in ticks]},
         y={
-            "title": {"text": f"{name} win rate" + ("" if judge is None else f" by {_escaped(judge)}")},
+            "title": {"text": f"{name} win rate" if judge is None else "win rate, other reward"},
             "tickformat": ".0%",
         },
         height=360,
     )
     layout["shapes"] = [_half_line()]
+    layout["showlegend"] = len(results) <= MOST_IN_LEGEND
     return {"data": traces, "layout": layout}
 
 

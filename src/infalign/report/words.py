@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.run import Comparison, Measured, MethodResult
 
 
@@ -40,9 +43,12 @@ def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequen
         comparisons: From `infalign.evaluation.run.compare`; those of other procedures are left out.
     """
     findings: list[Finding] = []
-    for result in results:
-        win = result.of(procedure).win_rate
-        resolved = win.low is not None and win.high is not None and not win.low <= 0.5 <= win.high
+    wins = [result.of(procedure).win_rate for result in results]
+    # Several methods are several chances of a false claim, here as between methods.
+    adjusted = holm([difference_estimate(np.subtract(win.per_prompt, 0.5)).p_value for win in wins])
+    for result, win, p_value in zip(results, wins, adjusted, strict=True):
+        excludes_half = win.low is not None and win.high is not None and not win.low <= 0.5 <= win.high
+        resolved = excludes_half and p_value < 1 - result.confidence
         if resolved:
             claim = f"{result.label} {'beats' if win.estimate > 0.5 else 'loses to'} the reference used the same way"
         else:
@@ -73,10 +79,10 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
         "A higher win rate at a higher KL is not a better method: compare points at the same KL, or against the limit.",
         "The limit is the best that any policy can do that depends on a response through its calibrated reward alone, "
         "at that KL. It is a yardstick under continuous rewards, not a promise that training can reach it.",
-        f"Each interval holds at {level} for itself. Claims marked resolved hold at {level} for all comparisons made "
-        "here together (Holm), and at matched KL if frontiers are concave.",
+        f"Each interval holds at {level} for itself. Claims marked resolved hold at {level} for all claims of their "
+        "kind together (Holm); those between methods also hold at matched KL, if frontiers rise and are concave.",
     ]
-    if first.num_prompts < 30:
+    if first.num_prompts < 50:
         found.append(
             f"There are only {first.num_prompts} prompts. Intervals are then wide, and too narrow where nearly "
             "every prompt is won or lost."

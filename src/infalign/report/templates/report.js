@@ -39,7 +39,13 @@
     const figure = figures[node.dataset.figure];
     return Plotly.react(node, figure.data, themed(figure.layout), { responsive: true, displayModeBar: false });
   };
-  const drawAll = () => Promise.all([...document.querySelectorAll("[data-figure]")].map(draw));
+  // One at a time with a pause between, so that the page can be read and scrolled while the lower ones are drawn.
+  const drawAll = async () => {
+    for (const node of document.querySelectorAll("[data-figure]")) {
+      await draw(node);
+      await new Promise((resume) => setTimeout(resume));
+    }
+  };
   const choice = document.getElementById("frontier-choice");
   choice.addEventListener("change", () => {
     const node = document.getElementById("frontier-plot");
