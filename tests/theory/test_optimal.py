@@ -215,9 +215,25 @@ def test_five_starts_agree_where_uniqueness_is_not_proved(procedure, beta):
 
 
 def test_says_where_uniqueness_is_proved():
-    proved = [ia.BestOfN(4), ia.Standard(), MIXTURE]
+    proved = [ia.BestOfN(4), ia.Standard(), MIXTURE, ia.WorstOfN(4)]
     assert all(ia.optimal_transform(procedure, 0.3).unique for procedure in proved)
     assert not ia.optimal_transform(ia.OrderStatistic(k=2, n=3), 0.3).unique
+    assert not ia.optimal_transform(ia.WorstOfN(4), 0.3, opponent=ia.BestOfN(4)).unique
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (3, 5), (4, 1)])
+def test_only_the_opponents_number_enters_the_identities(n, m):
+    worst = ia.optimal_transform(ia.WorstOfN(n), 0.3, opponent=ia.WorstOfN(m))
+    assert worst.win_rate == pytest.approx(1 - 0.3 / m * (1 - np.exp(-worst.log_partition)), abs=1e-11)
+    best = ia.optimal_transform(ia.BestOfN(n), 0.3, opponent=ia.BestOfN(m))
+    at_one = np.exp(float(best.transform(1.0)) / 0.3 - best.log_partition)
+    assert best.win_rate == pytest.approx(0.3 / m * (at_one - 1), abs=1e-11)
+
+
+def test_the_kl_of_worst_of_n_grows_by_log_beta_over_n():
+    for n in (2, 4, 16):
+        gap = ia.optimal_transform(ia.WorstOfN(n), 1e-4).kl - ia.optimal_transform(ia.WorstOfN(n), 1e-2).kl
+        assert gap == pytest.approx(np.log(100) / n, abs=1e-8)
 
 
 def test_an_opponent_changes_the_game():

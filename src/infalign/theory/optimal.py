@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from infalign.procedures import InferenceProcedure, Standard
+from infalign.procedures import InferenceProcedure, Standard, WorstOfN
 from infalign.quadrature import Antiderivative, Mesh, expit, logit
 from infalign.theory.solver import Solution, solve
 from infalign.theory.tilt import TiltedPolicy
@@ -65,8 +65,12 @@ class OptimalTransform:
 
     @property
     def unique(self) -> bool:
-        """Whether concavity proves that no other density is stationary; see docs/theory.md for the other cases."""
-        return self.solution.objective.concave
+        """Whether it is proved that no other density is stationary; docs/theory.md has the proofs and the other cases."""
+        objective = self.solution.objective
+        scaling = len(objective.terms) == 1 and all(
+            isinstance(side, WorstOfN | Standard) for _, *sides in objective.terms for side in sides
+        )
+        return scaling or objective.concave
 
     @cached_property
     def transform(self) -> RewardTransform:
