@@ -222,36 +222,104 @@ class RewardCalibrator:
     def _compare(self, rewards: ArrayLike, prompt_index: ArrayLike | None) -> tuple[IntArray, IntArray, IntArray]:
         """How many references are below and equal, and how many there are; each in the shape of `rewards`."""
         _, ordered = self._fitted()
-        scores = np.asarray(rewards, dtype=np.float64)
-        if prompt_index is None:
-            if scores.ndim < 1 or scores.shape[0] != self.num_prompts:
-                raise InputError(f"rewards have shape {scores.shape}, the calibrator holds {self.num_prompts} prompts",
-                                 where="rewards", mend="Give one row per prompt, or say prompt_index")  # fmt: skip
-            index = np.arange(self.num_prompts).reshape((-1,) + (1,) * (scores.ndim - 1))
-        else:
-            index = np.asarray(prompt_index)
-            if not np.issubdtype(index.dtype, np.integer):
-                raise InputError(
-                    f"prompt_index has type {index.dtype}", where="prompt_index", mend="Give whole numbers"
-                )
-            outside = np.flatnonzero((index < 0) | (index >= self.num_prompts))
-            if outside.size:
-                raise InputError(f"prompt {index.ravel()[outside[0]]} is not one of the {self.num_prompts} fitted",
-                                 where="prompt_index")  # fmt: skip
-        try:
-            index = np.broadcast_to(index, scores.shape)
-        except ValueError as error:
-            raise InputError(
-                f"prompt_index has shape {index.shape}, rewards {scores.shape}", where="prompt_index"
-            ) from error
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if bad.size:
-            at = tuple(int(axis) for axis in np.argwhere(~np.isfinite(scores))[0])
-            raise InputError(f"{bad.size} rewards are NaN or infinite, the first at {at}", where="rewards",
-                             mend="Leave unscored responses out")  # fmt: skip
+        scores, index = _aligned(rewards, prompt_index, self.num_prompts)
         below, equal = _count_below_and_equal(ordered, self._starts, scores.ravel(), index.ravel())
         num_ref = self.num_ref_P[index]
         return below.reshape(scores.shape), equal.reshape(scores.shape), num_ref
+
+
+class RefinedCalibrator:
+    """Reference quantiles sharpened with the policy's own responses.
+
+    During training the policy draws many responses exactly where the procedure needs resolution, and their log-ratios
+    to the reference are known. Together with the references they are draws from a mixture of K parts p and S parts π,
+    so a response of log-ratio ℓ = log π − log p counts with weight 1 / (K + S e^ℓ): the balance heuristic (Veach and
+    Guibas 1995). Weights are normalised within each prompt; no shape of the rewards is assumed. Ties are mid-ranks.
+
+    Args:
+        ref_rewards_PK: Rewards of K reference responses per prompt, shape (P, K).
+        ref_log_ratios_PK: Their log π(y|x) − log p(y|x) in nats, shape (P, K).
+        policy_rewards_PS: Rewards of S policy responses per prompt, shape (P, S).
+        policy_log_ratios_PS: Their log-ratios, shape (P, S).
+
+    Raises:
+        InputError: A number is NaN or infinite, or the shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        ref_rewards_PK: ArrayLike,
+        ref_log_ratios_PK: ArrayLike,
+        policy_rewards_PS: ArrayLike,
+        policy_log_ratios_PS: ArrayLike,
+    ) -> None:
+        ref_PK, ref_ratios_PK = np.asarray(ref_rewards_PK, np.float64), np.asarray(ref_log_ratios_PK, np.float64)
+        new_PS, new_ratios_PS = np.asarray(policy_rewards_PS, np.float64), np.asarray(policy_log_ratios_PS, np.float64)
+        if ref_PK.ndim != 2 or new_PS.ndim != 2 or len(ref_PK) != len(new_PS) or not ref_PK.size:
+            raise InputError(f"references have shape {ref_PK.shape}, policy responses {new_PS.shape}",
+                             where="RefinedCalibrator", mend="Give (P, K) and (P, S) for the same prompts")  # fmt: skip
+        for rewards, ratios in ((ref_PK, ref_ratios_PK), (new_PS, new_ratios_PS)):
+            if rewards.shape != ratios.shape:
+                raise InputError(f"rewards have shape {rewards.shape}, log-ratios {ratios.shape}",
+                                 where="RefinedCalibrator")  # fmt: skip
+        num_ref, num_new = ref_PK.shape[1], new_PS.shape[1]
+        rewards_PR = np.concatenate([ref_PK, new_PS], axis=1)
+        ratios_PR = np.concatenate([ref_ratios_PK, new_ratios_PS], axis=1)
+        self._starts = np.arange(len(rewards_PR) + 1, dtype=np.int64) * rewards_PR.shape[1]
+        _require_finite(rewards_PR.ravel(), self._starts, "RefinedCalibrator")
+        _require_finite(ratios_PR.ravel(), self._starts, "RefinedCalibrator log-ratios")
+        log_new = np.log(num_new) if num_new else -np.inf
+        weights_PR = np.exp(-np.logaddexp(np.log(num_ref), log_new + ratios_PR))
+        weights_PR /= weights_PR.sum(axis=1, keepdims=True)
+        order_PR = np.argsort(rewards_PR, axis=1, kind="stable")
+        self._sorted = np.take_along_axis(rewards_PR, order_PR, axis=1).ravel()
+        self._weights_PR: FloatArray = np.take_along_axis(weights_PR, order_PR, axis=1)
+        # Weight of all that come before, with the whole weight at the end; exactly 1, whatever the sums round to.
+        self._before: FloatArray = np.pad(np.cumsum(self._weights_PR, axis=1), ((0, 0), (1, 0)))
+        self._before /= self._before[:, -1:]
+
+    @property
+    def effective_num_ref_P(self) -> FloatArray:  # noqa: N802
+        """How many equally weighted references say as much on average (Kish), shape (P,)."""
+        return 1.0 / np.square(self._weights_PR).sum(axis=1)
+
+    def calibrate(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> FloatArray:
+        """Calibrated rewards in [0, 1]; arguments and errors are those of `RewardCalibrator.calibrate`."""
+        scores, index = _aligned(rewards, prompt_index, len(self._before))
+        below, equal = _count_below_and_equal(self._sorted, self._starts, scores.ravel(), index.ravel())
+        row = index.ravel()
+        quantile_B = 0.5 * (self._before[row, below] + self._before[row, below + equal])
+        return quantile_B.reshape(scores.shape)
+
+
+def _aligned(rewards: ArrayLike, prompt_index: ArrayLike | None, num_prompts: int) -> tuple[FloatArray, IntArray]:
+    """Rewards, and the prompt of each in the same shape; an InputError where they do not fit or are not finite."""
+    scores = np.asarray(rewards, dtype=np.float64)
+    if prompt_index is None:
+        if scores.ndim < 1 or scores.shape[0] != num_prompts:
+            raise InputError(f"rewards have shape {scores.shape}, the calibrator holds {num_prompts} prompts",
+                             where="rewards", mend="Give one row per prompt, or say prompt_index")  # fmt: skip
+        index = np.arange(num_prompts).reshape((-1,) + (1,) * (scores.ndim - 1))
+    else:
+        index = np.asarray(prompt_index)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise InputError(f"prompt_index has type {index.dtype}", where="prompt_index", mend="Give whole numbers")
+        outside = np.flatnonzero((index < 0) | (index >= num_prompts))
+        if outside.size:
+            raise InputError(f"prompt {index.ravel()[outside[0]]} is not one of the {num_prompts} fitted",
+                             where="prompt_index")  # fmt: skip
+    try:
+        index = np.broadcast_to(index, scores.shape)
+    except ValueError as error:
+        raise InputError(
+            f"prompt_index has shape {index.shape}, rewards {scores.shape}", where="prompt_index"
+        ) from error
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        at = tuple(int(axis) for axis in np.argwhere(~np.isfinite(scores))[0])
+        raise InputError(f"{bad.size} rewards are NaN or infinite, the first at {at}", where="rewards",
+                         mend="Leave unscored responses out")  # fmt: skip
+    return scores, index
 
 
 def _flatten(rewards: ArrayLike | Sequence[ArrayLike], mask_PK: ArrayLike | None) -> tuple[FloatArray, IntArray]:

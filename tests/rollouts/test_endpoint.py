@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that misbehaves in every way named, and a reward server: real sockets, scripted faults."""
+"""An OpenAI-compatible server that misbehaves in every way named, and a reward server: real sockets, planned faults."""
 
 from __future__ import annotations
 
