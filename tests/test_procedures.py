@@ -117,6 +117,28 @@ def test_a_procedure_of_ones_own_is_solved_like_any_other():
         own.procedure.to_dict()
 
 
+@dataclass(frozen=True)
+class UpperHalf(InferenceProcedure):
+    """Never returns anything from the lower half: h has a kink (power 2) or a jump (power 1) at one half."""
+
+    power: int
+
+    def distortion(self, q):
+        return np.maximum(0.0, 2.0 * np.asarray(q, dtype=float) - 1.0) ** self.power
+
+    def density(self, q):
+        base = 2.0 * np.asarray(q, dtype=float) - 1.0
+        return np.where(base > 0, 2.0 * self.power * np.maximum(base, 0.0) ** (self.power - 1), 0.0)
+
+
+def test_a_kink_is_resolved_and_a_jump_is_refused():
+    best = ia.optimal_transform(UpperHalf(power=2), 0.1)
+    assert best.residual < 1e-8
+    assert best.tilt.win_rate(UpperHalf(power=2)) == pytest.approx(best.win_rate, abs=1e-10)
+    with pytest.raises(ia.InputError, match="jumps must be smoothed"):
+        ia.optimal_transform(UpperHalf(power=1), 0.1)
+
+
 def test_fitting_finds_best_of_4_from_its_own_ranks():
     ranks = np.random.default_rng(0).random((3000, 4)).max(axis=1)
     fitted = ia.FittedProcedure.from_ranks(ranks)

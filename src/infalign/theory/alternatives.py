@@ -67,7 +67,7 @@ def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, who
         raise InputError(
             f"a KL of {kl:g} nats is out of reach for {whose}",
             where="kl_budget",
-            mend=f"The reachable KL is {reach} nats",
+            mend=f"The reachable KL is {reach} nats (beta from {smallest:g} to {_LARGEST_BETA:g})",
         )
     if low == high:
         return math.exp(low)

@@ -65,7 +65,7 @@ class OptimalTransform:
 
     @property
     def unique(self) -> bool:
-        """Whether it is proved that no other density is stationary; docs/theory.md has the proofs and the other cases."""
+        """Whether it is proved that no other density is stationary (docs/theory.md has the proofs)."""
         objective = self.solution.objective
         scaling = len(objective.terms) == 1 and all(
             isinstance(side, WorstOfN | Standard) for _, *sides in objective.terms for side in sides

@@ -85,7 +85,7 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
         start: A solution for a nearby β; the reference itself (F(u) = u) if None.
 
     Raises:
-        InputError: If no solution is found; for the procedures of this library that means β below about 1e-9.
+        InputError: If no solution is found: h jumps, or β is below about 1e-7.
     """
     if start is None:
         found = _solve_from(objective, beta, _first_mesh(objective), lambda mesh: mesh.u)
@@ -119,7 +119,7 @@ def _follow(objective: Objective, beta: float) -> Solution:
         raise InputError(
             f"no optimal transform was found for beta = {beta:g}",
             where="optimal_transform",
-            mend="Use a larger beta, or check that the procedure's distortion is smooth",
+            mend="Use a larger beta; a procedure whose density h jumps must be smoothed first",
         )
     return found
 
