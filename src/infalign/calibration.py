@@ -175,6 +175,8 @@ class RewardCalibrator:
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            # Written last: a save that was cut short has none, and is not mistaken for a calibrator.
+            (path / "calibrator.json").unlink(missing_ok=True)
             np.save(path / "rewards.npy", flat)
             np.save(path / "sorted.npy", ordered)
             np.save(path / "starts.npy", self._starts)
