@@ -1,4 +1,4 @@
-"""The online solver converges to p·exp(Φ/β)/Z, which trainer defaults do not; it resumes exactly; it refuses bad settings."""
+"""The online solver converges to p·exp(Φ/β)/Z, which usual defaults do not; it resumes exactly."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from infalign.transforms import Exponential, Identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
-# Where a policy of these sizes ends up after this training: total variation 0.002 to 0.007 was seen with the right
+# Where a policy of these sizes ends up after this training: total variation 0.001 to 0.006 was seen with the right
 # objective, 0.1 and more with a wrong one. Seeded, so a passing machine keeps passing.
 TOLERANCE = 0.02
 SHARP, SHARP_BETA = Exponential(10.0), 0.25
@@ -41,7 +41,7 @@ def train(testbed: Testbed, out: Path, reward: TransformedReward, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("transform", "beta"), [(Identity(), 0.15), (SHARP, SHARP_BETA)], ids=["identity", "sharp"])
+@pytest.mark.parametrize(("transform", "beta"), [(Identity(), 0.25), (SHARP, SHARP_BETA)], ids=["identity", "sharp"])
 def test_it_converges_to_the_tilted_reference(testbed, tmp_path, transform, beta):
     reward = testbed.reward(transform, beta)
     start = testbed.distance(testbed.reference, reward)

@@ -1,0 +1,5 @@
+"""`python -m infalign`."""
+
+from infalign.cli.main import main
+
+main()

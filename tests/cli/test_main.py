@@ -1,0 +1,111 @@
+"""The command line: exit codes, one plain message, JSON alone on stdout."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from infalign.cli.main import main
+from infalign.testbed.toy import random_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+RECIPE = """
+name: demo
+policy: {model: policy}
+reward: {function: "demo_rewards:length"}
+prompts: {source: prompts.jsonl, train: 4, evaluation: 4, held_out: 0.5}
+rollouts: {num_ref: 4, max_new_tokens: 4}
+kl_budget: 0.2
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    random_llama(tmp_path / "policy", None, hidden_size=16)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Number {i}: "}) + "\n" for i in range(20)))
+    (tmp_path / "demo_rewards.py").write_text(
+        "def length(prompts, completions):\n    return [len(c) for c in completions]\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the recipe's folder
+    monkeypatch.delitem(sys.modules, "demo_rewards", raising=False)
+    return tmp_path
+
+
+def infalign(capsys, monkeypatch, *arguments):
+    """Exit code, stdout and stderr of one command."""
+    monkeypatch.setattr(sys, "argv", ["infalign", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_dry_run_prints_the_plan_and_computes_nothing(job, capsys, monkeypatch):
+    code, out, _ = infalign(capsys, monkeypatch, "run", "recipe.yaml", "--dry-run")
+    assert code == 0
+    assert "Procedure: Best-of-4; transforms: optimal, identity; KL budget 0.2 nats" in out
+    assert "Training memory" in out
+    assert not (job / "runs").exists()
+
+
+def test_dry_run_as_json_is_json_alone(job, capsys, monkeypatch):
+    code, out, _ = infalign(capsys, monkeypatch, "run", "recipe.yaml", "--dry-run", "--json")
+    assert code == 0
+    numbers = json.loads(out)
+    assert numbers["reference_rollouts"] == 16
+    assert numbers["parameters"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda job: (job / "recipe.yaml").unlink(), "cannot read the recipe"),
+        (lambda job: (job / "prompts.jsonl").unlink(), "prompts.jsonl"),
+        (lambda job: (job / "prompts.jsonl").write_text('{"text": "a"}\n'), "prompt"),
+        (lambda job: (job / "prompts.jsonl").write_text('{"prompt": " "}\n'), "the prompt is empty"),
+        (lambda job: (job / "prompts.jsonl").write_text(json.dumps({"prompt": "x" * 500})), "context"),
+        (lambda job: (job / "prompts.jsonl").write_bytes(b'{"prompt": "\xff"}\n'), "UTF-8"),
+        (
+            lambda job: (job / "prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n'),
+            "no chat template",
+        ),
+        (lambda job: (job / "policy" / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda job: (job / "policy" / "config.json").unlink(), "no model can be read"),
+        (lambda job: (job / "demo_rewards.py").unlink(), "cannot be imported"),
+        (lambda job: (job / "recipe.yaml").write_text(RECIPE + "trainig: {}\n"), "did you mean training?"),
+        (lambda job: (job / "recipe.yaml").write_text(RECIPE.replace("num_ref: 4", "num_ref: 1")), "num_ref"),
+        (lambda job: (job / "recipe.yaml").write_text(RECIPE.replace("kl_budget: 0.2", "beta: 0")), "beta"),
+        (lambda job: (job / "runs").write_text("a file where the run folder should go"), "cannot be written"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkeypatch, spoil, message):
+    spoil(job)
+    code, out, err = infalign(capsys, monkeypatch, "run", "recipe.yaml")
+    assert code == 2
+    assert out == ""
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert err.count("error:") == 1
+
+
+def test_an_unknown_verb_or_option_is_exit_code_2(capsys, monkeypatch):
+    assert infalign(capsys, monkeypatch, "rnu")[0] == 2
+    assert infalign(capsys, monkeypatch, "run", "--fast")[0] == 2
+
+
+def test_import_is_light():
+    """The names load on first use: no torch, no transformers, no SciPy for a bare import."""
+    code = "import sys, infalign; print([m for m in ('torch', 'transformers', 'trl', 'scipy') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_version():
+    printed = subprocess.run(
+        [sys.executable, "-m", "infalign", "--version"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip()

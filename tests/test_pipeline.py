@@ -1,0 +1,212 @@
+"""The whole pipeline on real (tiny) models: what it leaves, what it redoes, and how it survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from infalign.errors import MismatchError, RewardError
+from infalign.pipeline import Pipeline
+from infalign.recipe import load_recipe
+from infalign.testbed.toy import random_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+RECIPE = """
+name: tiny
+policy: {model: policy}
+reward: {function: "tiny_rewards:vowels"}
+prompts: {source: prompts.jsonl, train: 6, evaluation: 6, held_out: 0.5}
+procedure: best-of-2
+rollouts: {num_ref: 4, max_new_tokens: 4}
+kl_budget: 0.2
+training: {steps: 3, prompts_per_step: 2, num_generations: 4, learning_rate: 1.0e-2, save_steps: 1}
+evaluation: {num_samples: 4, procedures: [standard, best-of-2, worst-of-2]}
+"""
+REWARDS = """
+def vowels(prompts, completions):
+    return [sum(c in "aeiou" for c in text) + len(text) / 100 for text in completions]
+
+def broken(prompts, completions):
+    return [float("nan") for _ in completions]
+
+def short(prompts, completions):
+    return [1.0] * (len(completions) - 1)
+
+def constant(prompts, completions):
+    return [1.0] * len(completions)
+"""
+
+
+class Recorder:
+    """A reporter that remembers."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    @contextmanager
+    def stage(self, title):
+        self.lines.append(f"{title} …")
+        yield lambda done, total, text: None
+
+    @property
+    def done(self):
+        return [line.removesuffix(" …") for line in self.lines if line.endswith(" …")]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with a policy, prompts, a reward function and a recipe."""
+    folder = tmp_path_factory.mktemp("job")
+    random_llama(folder / "policy", None, hidden_size=16, seed=1)
+    prompts = [
+        {"prompt": f"Say {word}: "}
+        for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts * 2))
+    (folder / "tiny_rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def run(job, out, *overrides, only=None):
+    recorder = Recorder()
+    result = Pipeline(load_recipe(job / "recipe.yaml", overrides), out, recorder).run(only)
+    return result, recorder
+
+
+@pytest.fixture(scope="module")
+def finished(job, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    result, recorder = run(job, out)
+    return out, result, recorder
+
+
+def test_it_leaves_models_results_and_a_report(finished):
+    out, result, _ = finished
+    for name in ("optimal", "identity"):
+        assert (out / "policies" / name / "model" / "model.safetensors").exists()
+        assert (out / "policies" / name / "model" / "tokenizer.json").exists()
+    assert "<html" in (out / "report.html").read_text()
+    (optimal, identity) = result["results"]
+    assert [optimal["label"], identity["label"]] == ["optimal", "identity"]
+    assert optimal["num_samples"] == 4
+    assert "KL budget 0.2 nats; reached:" in result["text"]
+
+
+def test_evaluation_prompts_and_rollouts_are_fresh(finished):
+    from infalign.rollouts.store import RolloutStore
+
+    out, _, _ = finished
+    sides = {}
+    for side in ("train", "evaluation"):
+        sides[side] = {json.loads(line)["id"] for line in (out / "prompts" / f"{side}.jsonl").read_text().splitlines()}
+    assert not sides["train"] & sides["evaluation"]
+    seeds = [RolloutStore.open(folder).key.seed for folder in sorted((out / "rollouts").iterdir())]
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_a_second_run_repeats_nothing(job, finished):
+    out, result, _ = finished
+    again, recorder = run(job, out)
+    assert recorder.done == []
+    assert again["text"] == result["text"]
+
+
+def test_two_runs_give_the_same_table(job, finished, tmp_path):
+    _, result, _ = finished
+    again, _ = run(job, tmp_path / "again")
+    assert again["results"] == result["results"]
+
+
+@pytest.mark.parametrize(
+    ("override", "redone"),
+    [
+        ("evaluation.confidence=0.9", ["Measure win rates and KL", "Write the report"]),
+        (
+            "training.steps=2",
+            [
+                *("Align (optimal)", "Align (identity)", "Fresh rollouts (optimal)", "Fresh rollouts (identity)"),
+                *("Measure win rates and KL", "Write the report"),
+            ],
+        ),
+        (
+            "compare_with=[]",
+            ["Choose beta and transforms", "Measure win rates and KL", "Write the report"],
+        ),
+    ],
+)
+def test_a_changed_setting_redoes_exactly_what_depends_on_it(job, finished, tmp_path, override, redone):
+    out, _, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    _, recorder = run(job, copy, override)
+    assert sorted(recorder.done) == sorted(redone)
+
+
+def test_stage_by_stage_gives_the_same_and_refuses_to_skip(job, finished, tmp_path):
+    _, result, _ = finished
+    out = tmp_path / "stages"
+    with pytest.raises(MismatchError, match="has not been done"):
+        run(job, out, only="train")
+    for only in ("rollout", "calibrate", "train", "evaluate", "report"):
+        stage_result, _ = run(job, out, only=only)
+    assert stage_result["results"] == result["results"]
+    with pytest.raises(MismatchError, match=r"other settings \(.*num_ref: 4 then, 5 now"):
+        run(job, out, "rollouts.num_ref=5", only="calibrate")
+
+
+def test_another_recipes_folder_is_refused(job, finished):
+    out, _, _ = finished
+    with pytest.raises(MismatchError, match="holds a run of 'tiny', not of 'other'"):
+        run(job, out, "name=other")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"), [("broken", "NaN|nan"), ("short", r"\d+ rewards for \d+ completions")]
+)
+def test_a_broken_reward_loses_nothing(job, tmp_path, function, message):
+    with pytest.raises(RewardError, match=message):
+        run(job, tmp_path / "run", f"reward.function=tiny_rewards:{function}")
+    _, recorder = run(job, tmp_path / "run", only="rollout")
+    assert "Draw 4 reference rollouts per prompt" not in recorder.done, "the rollouts are still there"
+
+
+def test_a_constant_reward_is_refused_before_training(job, tmp_path):
+    from infalign.errors import InputError
+
+    with pytest.raises(InputError, match="nothing to learn"):
+        run(job, tmp_path / "run", "reward.function=tiny_rewards:constant")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_table(job, finished, tmp_path):
+    """kill -9 at six moments spread over the run; the seventh attempt is left alone."""
+    _, result, _ = finished
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "infalign", "run", "recipe.yaml", "--out", str(out), "--json"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    moments = ["reference rollouts", "Align (optimal) …", "Align (identity) …", "Fresh rollouts (reference)"]
+    moments += ["Fresh rollouts (identity)", "Measure"]
+    for number, moment in enumerate(moments):
+        with subprocess.Popen(
+            command, cwd=job, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stderr:
+                if moment in line:
+                    time.sleep(0.1 * number)  # somewhere within the stage
+                    process.send_signal(signal.SIGKILL)
+                    break
+    finishing = subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True)
+    assert finishing.returncode == 0, finishing.stderr
+    assert json.loads(finishing.stdout)["results"] == result["results"]
