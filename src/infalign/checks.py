@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infalign.data import Prompt, load_prompts, read_rows
+from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
+from infalign.inputs import split_prompts
 from infalign.recipe import Recipe, transform_name
 
 
@@ -131,13 +132,10 @@ def _check_testbed_data(recipe: Recipe) -> None:
 
 
 def _check_prompts(recipe: Recipe) -> list[Prompt]:
-    settings = recipe.prompts
-    if settings.source is None:
+    if recipe.prompts.source is None:
         return []
-    prompts = list(load_prompts(settings.source, settings.column, split=settings.split))
-    if settings.evaluation_source is not None:
-        prompts += load_prompts(settings.evaluation_source, settings.column, split=settings.split)
-    return prompts
+    train, evaluation = split_prompts(recipe)
+    return [*train, *evaluation]
 
 
 def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str, Any] | None) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
         lines.append("Testbed: a reference policy and a reward model are trained from scratch first")
     if prompts is not None:
         wanted = recipe.prompts
-        lines.append(f"Prompts: {prompts} found; up to {wanted.train} to train on, {wanted.evaluation} to evaluate")
+        lines.append(f"Prompts: {prompts}, of up to {wanted.train} to train on and {wanted.evaluation} to evaluate")
     lines += [
         f"Reference rollouts: up to {recipe.prompts.train} prompts × {rollouts.num_ref} = {reference_rollouts:,}",
         f"Training: {len(names)} × {training.steps} steps of {training.prompts_per_step} × {training.num_generations} "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from infalign.data import Prompt, PromptSet, load_prompts, read_rows
+from infalign.data import Prompt, PromptSet, load_prompts, prompt_text, read_rows
 from infalign.errors import InputError
-from infalign.recipe import Recipe
+from infalign.recipe import Recipe, Rows
 from infalign.run_folder import file_fingerprint
 from infalign.testbed.corpus import docstring_corpus, examples_from_rows, pairs_from_rows
 from infalign.testbed.examples import Example, Pair
@@ -27,13 +27,12 @@ def testbed_text(recipe: Recipe) -> tuple[list[Example], list[Pair]]:
         return docstring_corpus(recipe.seed)
     shown = testbed.demonstrations
     assert shown is not None, "held by the recipe"
-    rows = read_rows(shown.source, columns=[shown.prompt, shown.completion], split=shown.split, limit=shown.limit)
+    rows = _rows(shown, [shown.prompt, shown.completion])
     examples = examples_from_rows(rows, prompt=shown.prompt, completion=shown.completion, held_out=testbed.held_out)
     pairs: list[Pair] = []
     for told in testbed.preferences:
         columns = {"prompt": told.prompt, "chosen": told.chosen, "rejected": told.rejected}
-        rows = read_rows(told.source, columns=list(columns.values()), split=told.split, limit=told.limit)
-        pairs += pairs_from_rows(rows, **columns, held_out=testbed.held_out)
+        pairs += pairs_from_rows(_rows(told, list(columns.values())), **columns, held_out=testbed.held_out)
     return examples, pairs
 
 
@@ -53,13 +52,10 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     one_file = settings.evaluation_source is None
     held_out = settings.held_out if one_file else None
     common: dict[str, Any] = {"column": settings.column, "split": settings.split, "held_out": held_out}
-    train = load_prompts(settings.source, **common, limit=settings.train)
-    evaluation = load_prompts(
-        settings.evaluation_source or settings.source,
-        **common,
-        limit=settings.evaluation,
-        side="held_out" if one_file else "train",
-    )
+    train = _short(load_prompts(settings.source, **common), recipe)[: settings.train]
+    evaluation_source = settings.evaluation_source or settings.source
+    side: Literal["train", "held_out"] = "held_out" if one_file else "train"
+    evaluation = _short(load_prompts(evaluation_source, **common, side=side), recipe)[: settings.evaluation]
     overlap = set(train.ids) & set(evaluation.ids)
     if overlap:
         raise InputError(
@@ -91,6 +87,29 @@ def source_fingerprint(source: str) -> str:
     """Content hash of a file; a hub name stands for itself."""
     path = Path(source)
     return file_fingerprint(path) if path.is_file() else source
+
+
+def _rows(settings: Rows, columns: list[str]) -> list[dict[str, Any]]:
+    rows = read_rows(settings.source, columns=columns, split=settings.split)
+    if settings.max_characters is not None:
+        rows = [row for row in rows if len(prompt_text(row[settings.prompt])) <= settings.max_characters]
+    if not rows:
+        raise InputError("every prompt is longer than max_characters", where=settings.source, mend="Raise it")
+    return rows[: settings.limit]
+
+
+def _short(prompts: PromptSet, recipe: Recipe) -> PromptSet:
+    longest = recipe.prompts.max_characters
+    if longest is None:
+        return prompts
+    kept = tuple(prompt for prompt in prompts if len(prompt.text) <= longest)
+    if not kept:
+        raise InputError(
+            f"every prompt is longer than prompts.max_characters={longest}",
+            where=str(recipe.prompts.source),
+            mend="Raise it",
+        )
+    return PromptSet(kept, prompts.duplicates)
 
 
 def _unique(prompts: Iterable[Prompt]) -> list[Prompt]:

@@ -62,6 +62,7 @@ class Rows(_Section):
     source: str
     split: str | None = None
     limit: Count | None = None
+    max_characters: Count | None = None  # rows with a longer prompt are left out
     prompt: str = "prompt"
     completion: str = "completion"
     chosen: str = "chosen"
@@ -144,6 +145,7 @@ class Prompts(_Section):
     train: Count = 512
     evaluation: Count = 128
     held_out: Share = 0.2
+    max_characters: Count | None = None  # longer prompts are left out, and counted
     evaluation_source: str | None = None
 
 

@@ -26,7 +26,8 @@ class KLController:
         kl_budget: Target of the sequence KL, in nats.
         beta: Current coefficient, in units of Φ per nat.
         total_steps: Steps of the whole training.
-        ramp: Share of the steps in which the target rises linearly to the budget.
+        ramp: Share of the steps in which the target rises to the budget, as the square of time: the KL of a policy that
+            moves at a steady pace.
         gain: Change of log β per unit of log(KL / target).
         clip: Largest |log(KL / target)| acted upon.
         memory: Weight of the past in the moving averages of measured KL and of its trend.
@@ -40,10 +41,10 @@ class KLController:
     beta: float
     total_steps: int
     ramp: float = 0.5
-    gain: float = 0.2
+    gain: float = 0.15
     clip: float = 0.7
     memory: float = 0.7
-    lead: float = 8.0
+    lead: float = 5.0
     span: float = 100.0
     kl: float = 0.0
     trend: float = 0.0
@@ -61,7 +62,7 @@ class KLController:
     @property
     def target(self) -> float:
         """The KL aimed at in this step, in nats."""
-        return self.kl_budget * min(1.0, (self.step + 1) / max(1.0, self.ramp * self.total_steps))
+        return self.kl_budget * min(1.0, (self.step + 1) / max(1.0, self.ramp * self.total_steps)) ** 2
 
     def update(self, measured_kl: float) -> float:
         """Take in the KL measured on one step's rollouts (nats) and return the β of the next step."""
