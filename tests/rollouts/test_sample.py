@@ -7,7 +7,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError
@@ -15,6 +23,7 @@ from infalign.rollouts.decode import decode, draw_tokens, uniforms
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.logprobs import log_ratios, sequence_logprobs
 from infalign.rollouts.sample import sample
+from infalign.rollouts.shared_prefix import SharedPrefix
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids
 
@@ -112,6 +121,40 @@ def test_a_rollout_does_not_depend_on_its_batch(kind, letters):
         model, letters.tokenizer, [prompt_ids[b // 5] for b in range(20)], [one.token_ids for one in together]
     )
     np.testing.assert_allclose([one.logprob for one in together], logprobs, atol=1e-3)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_sharing_prompts_changes_nothing(key_heads, letters):
+    torch.manual_seed(1)
+    size = len(letters.tokenizer)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, num_key_value_heads=key_heads, **small)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10.0)
+    prompt_ids = prompt_token_ids(letters.tokenizer, PROMPTS)
+    prompt_of_B = np.array([0, 3, 1, 1, 2, 2, 2, 0, 2, 2, 2, 2, 3, 3, 2, 2, 2, 1])  # uneven and unordered
+    noise_BT = np.random.default_rng(0).random((len(prompt_of_B), 12))
+    ends = list(range(0, size, 9))
+    assert SharedPrefix.fits(model, DynamicCache(config=model.config), 4, len(prompt_of_B))
+    shared, apart = (
+        decode(model, prompt_ids, prompt_of_B, noise_BT, end_tokens=ends, share_prompts=share)
+        for share in (True, False)
+    )
+    assert model.config._attn_implementation == "sdpa"
+    assert len({len(one.token_ids) for one in shared}) > 3
+    for one, other in zip(shared, apart, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_prompts_are_shared_only_where_attention_is_plain(letters):
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sliding = MistralForCausalLM(MistralConfig(vocab_size=50, num_key_value_heads=1, sliding_window=6, **small))
+    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    for model in (sliding, absolute):
+        assert not SharedPrefix.fits(model, DynamicCache(config=model.config), 1, 64)
+    assert not SharedPrefix.fits(letters.model, DynamicCache(config=letters.model.config), 32, 64)
+    assert SharedPrefix.fits(letters.model, DynamicCache(config=letters.model.config), 1, 64)
 
 
 def test_a_resumed_run_gives_the_same_rollouts(tmp_path, letters):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from infalign.rollouts.shared_prefix import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def decode(
     end_tokens: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    share_prompts: bool = True,
 ) -> list[Continuation]:
     """Draw one continuation per row, T tokens at most.
 
@@ -60,6 +64,8 @@ def decode(
         end_tokens: Tokens that end a response.
         temperature: Logits are divided by it.
         top_p: Smallest set of tokens kept, by probability.
+        share_prompts: Keep a prompt's keys and values once for all its continuations where the model's attention
+            allows it; the same distribution, up to rounding.
 
     Returns:
         One continuation per row.
@@ -85,7 +91,11 @@ def decode(
     ).logits[:, -1]
 
     prompt_of = torch.as_tensor(prompt_of_B, device=device)
-    _keep_rows(cache, prompt_of)
+    shared = None
+    if share_prompts and SharedPrefix.fits(model, cache, len(prompt_tokens), num_rows):
+        shared = SharedPrefix(cache, mask_PL, prompt_of, max_new_tokens)
+    else:
+        _keep_rows(cache, prompt_of)
     logits_BV = logits_PV[prompt_of]
     lengths_B = mask_PL.sum(-1)[prompt_of]
     mask_BL = torch.nn.functional.pad(mask_PL, (0, max_new_tokens), value=1)[prompt_of]
@@ -98,30 +108,34 @@ def decode(
     count_B = torch.zeros(num_rows, dtype=torch.long, device=device)
     logprob_B = torch.zeros(num_rows, dtype=torch.float64, device=device)
     ended_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token_B, step_logprob_B = draw_tokens(logits_BV, noise_BT[live_B, t], temperature, top_p)
-        tokens_BT[live_B, t] = token_B
-        logprob_B[live_B] += torch.where(running_B, step_logprob_B, 0.0)
-        count_B[live_B] += running_B
-        stops_B = running_B & torch.isin(token_B, ends)
-        ended_B[live_B] |= stops_B
-        running_B = running_B & ~stops_B
-        num_running = int(running_B.sum())
-        if num_running == 0 or t == max_new_tokens - 1:
-            break
-        # Dropping rows copies the cache: worth it once an eighth of them is idle.
-        if num_running <= 0.875 * running_B.numel():
-            keep = running_B.nonzero().squeeze(-1)
-            _keep_rows(cache, keep)
-            live_B, token_B, lengths_B, mask_BL = live_B[keep], token_B[keep], lengths_B[keep], mask_BL[keep]
-            running_B = running_B[keep]
-        logits_BV = model(
-            input_ids=token_B[:, None],
-            attention_mask=mask_BL[:, : longest + t + 1] if padded else None,
-            position_ids=(lengths_B + t)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+    with nullcontext() if shared is None else shared.used_by(model):
+        for t in range(max_new_tokens):
+            token_B, step_logprob_B = draw_tokens(logits_BV, noise_BT[live_B, t], temperature, top_p)
+            tokens_BT[live_B, t] = token_B
+            logprob_B[live_B] += torch.where(running_B, step_logprob_B, 0.0)
+            count_B[live_B] += running_B
+            stops_B = running_B & torch.isin(token_B, ends)
+            ended_B[live_B] |= stops_B
+            running_B = running_B & ~stops_B
+            num_running = int(running_B.sum())
+            if num_running == 0 or t == max_new_tokens - 1:
+                break
+            # Dropping rows copies the cache: worth it once an eighth of them is idle.
+            if num_running <= 0.875 * running_B.numel():
+                keep = running_B.nonzero().squeeze(-1)
+                if shared is None:
+                    _keep_rows(cache, keep)
+                else:
+                    shared.keep_rows(keep)
+                live_B, token_B, lengths_B, mask_BL = live_B[keep], token_B[keep], lengths_B[keep], mask_BL[keep]
+                running_B = running_B[keep]
+            logits_BV = model(
+                input_ids=token_B[:, None],
+                attention_mask=mask_BL[:, : longest + t + 1] if padded and shared is None else None,
+                position_ids=(lengths_B + t)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
 
     counts, logprobs, ended = count_B.tolist(), logprob_B.tolist(), ended_B.tolist()
     rows = tokens_BT.cpu().numpy()
