@@ -232,7 +232,10 @@ class Pipeline:
     def _results(self) -> dict[str, Any]:
         content = self.stages.read_json("evaluation.json")
         results = [MethodResult.from_dict(entry) for entry in content["results"]]
-        return {"text": text_table(results, content["comparisons"], content["kl_budget"]), **content}
+        return {
+            "text": text_table(results, content["comparisons"], self.recipe.target_procedure.n, content["kl_budget"]),
+            **content,
+        }
 
     def _prepare_models(self) -> None:
         """Know what the reference and the reward are; train the testbed's where the recipe brings none."""

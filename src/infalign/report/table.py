@@ -9,17 +9,19 @@ from infalign.evaluation.run import Measured, MethodResult
 
 
 def text_table(
-    results: Sequence[MethodResult], comparisons: Sequence[Mapping[str, Any]], kl_budget: float | None
+    results: Sequence[MethodResult], comparisons: Sequence[Mapping[str, Any]], n: int | None, kl_budget: float | None
 ) -> str:
     """Win rates, KL and limits in aligned columns, then the comparisons in sentences.
 
     Args:
         results: Methods, measured on the same prompts.
         comparisons: As stored by the evaluation.
+        n: Only standard sampling and procedures of this n are shown, where more than four were measured.
         kl_budget: The KL all methods were steered to, if there was one.
     """
-    labels = [entry.procedure for entry in results[0].procedures]
     first = results[0]
+    shown = first.procedures if len(first.procedures) <= 4 else [e for e in first.procedures if e.n in (1, n)]
+    labels = [entry.procedure for entry in shown]
     header = ["", "KL (nats)", *(f"{label} (limit)" for label in labels)]
     rows = [["reference", "0", *("50.0" for _ in labels)]]
     for result in results:
@@ -36,7 +38,7 @@ def text_table(
         "",
         *_columns([header, *rows]),
         "",
-        *(comparison["sentence"] for comparison in comparisons),
+        *(comparison["sentence"] for comparison in comparisons if comparison["procedure"] in labels),
     ]
     if kl_budget is not None:
         reached = ", ".join(f"{r.label} {r.kl.estimate:.3f} ({r.kl.estimate / kl_budget - 1:+.0%})" for r in results)

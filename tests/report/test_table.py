@@ -1,0 +1,50 @@
+"""The table for a terminal says what was measured, and no more."""
+
+import re
+
+import numpy as np
+
+from infalign.evaluation.run import compare, measure
+from infalign.procedures import BestOfN, Standard, WorstOfN
+from infalign.report.table import text_table
+
+PROCEDURES = [Standard(), BestOfN(2), BestOfN(4), WorstOfN(2), WorstOfN(4)]
+
+
+def results(shift: float):
+    rng = np.random.default_rng(0)
+    ref = rng.standard_normal((30, 8))
+    ratios = np.full((30, 8), 0.4) + 0.1 * rng.standard_normal((30, 8))
+    return [
+        measure("ours", rng.standard_normal((30, 8)) + shift, ref, ratios, PROCEDURES),
+        measure("theirs", rng.standard_normal((30, 8)) + 0.5, ref, ratios, PROCEDURES),
+    ]
+
+
+def table(shift: float) -> str:
+    measured = results(shift)
+    stored = [comparison.to_dict() for comparison in compare(measured, baseline="theirs")]
+    return text_table(measured, stored, 4, 0.5)
+
+
+def test_columns_line_up_and_hold_the_headline_procedures():
+    lines = table(0.5).splitlines()
+    header = next(line for line in lines if "KL (nats)" in line)
+    assert "Best-of-4 (limit)" in header
+    assert "Best-of-2" not in header
+    column = header.index("Standard")
+    rows = [line for line in lines if line.startswith(("reference", "ours", "theirs"))]
+    assert len(rows) == 3
+    assert all(row[column - 1] == " " and row[column] != " " for row in rows)
+
+
+def test_it_states_the_kl_reached_against_the_budget():
+    # 240 log-ratios of mean 0.4 and spread 0.1, seeded.
+    assert re.search(r"KL budget 0\.5 nats; reached: ours 0\.(39|40)\d \(-2\d%\)", table(0.5))
+
+
+def test_a_difference_within_the_noise_is_called_unresolved_and_a_large_one_is_not():
+    assert "not resolved whether ours differs from theirs" in table(0.5)
+    clear = table(2.5)
+    assert "not resolved" not in clear
+    assert "ours" in clear
