@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infalign.calibration import RewardCalibrator
+    from infalign.calibration import RefinedCalibrator, RewardCalibrator
+    from infalign.calibration_report import CalibrationReport, calibration_report
     from infalign.errors import InfalignError, InputError, MismatchError, RewardError, StorageError, TrainingError
     from infalign.estimators import win_rate
     from infalign.fitted_procedure import FittedProcedure
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "infalign.calibration": ("RewardCalibrator",),
+    "infalign.calibration": ("RefinedCalibrator", "RewardCalibrator"),
+    "infalign.calibration_report": ("CalibrationReport", "calibration_report"),
     "infalign.errors": (
         "InfalignError",
         "InputError",
@@ -93,6 +95,9 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "rank_conditional_tilt",
     "finite_k_prediction",
     "RewardCalibrator",
+    "RefinedCalibrator",
+    "CalibrationReport",
+    "calibration_report",
     "win_rate",
     "InfalignError",
     "InputError",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError, RewardError
@@ -20,6 +26,8 @@ from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.score import HTTPReward
 from infalign.rollouts.store import RolloutStore
+from infalign.testbed.tokenizer import EOS_TOKEN
+from infalign.testbed.toy import random_llama
 
 KEY = RolloutKey("endpoint:toy", "none", max_new_tokens=5, seed=3, sampler="openai")
 PROMPTS = [Prompt(f"prompt {i}") for i in range(6)]
@@ -269,37 +277,74 @@ def test_a_reward_server():
             HTTPReward(endpoint(server), name="bad").score(["p", "q"], ["a", "b"])
 
 
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")),
-    reason="transformers serve needs fastapi and uvicorn (pip install transformers[serving])",
-)
-def test_transformers_serve(tmp_path, letters):
-    import subprocess
-    import sys
+def test_a_server_is_told_to_sample_the_policy_itself(tmp_path):
+    """One that knows neither of two ways is refused, since what it adds to its sampling is unknown."""
+    seen = []
 
-    letters.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    letters.model.save_pretrained(tmp_path / "model")
-    letters.tokenizer.save_pretrained(tmp_path / "model")
-    letters.tokenizer.chat_template = None
-    port = 18000 + int(time.time()) % 1000
+    def strict(known):
+        def answer(number, path, content, headers):
+            extra = set(content) - {"model", "n", "max_tokens", "temperature", "top_p", "seed", "prompt"}
+            seen.append(extra)
+            return choices(content) if extra <= known else (422, {}, f"unexpected {sorted(extra)}".encode())
+
+        return answer
+
+    with Server(strict({"generation_config"})) as server:
+        assert draw(server, tmp_path / "serve")[1] == 24
+        asked = [extra for extra in seen if extra == {"generation_config"}]
+        assert len(asked) == 6
+        assert len(seen) - len(asked) <= 6  # found out once, or by each of the requests already under way
+    seen.clear()
+    with Server(strict({"top_k", "min_p", "repetition_penalty", "repeat_penalty"})) as server:
+        assert draw(server, tmp_path / "vllm")[1] == 24
+        assert len(seen) == 6
+    with Server(strict(set())) as server:
+        with pytest.raises(
+            EndpointError, match=r"unexpected \['min_p.*unexpected \['generation_config.*request_fields"
+        ):
+            draw(server, tmp_path / "openai", prompts=PROMPTS[:1])
+        store = RolloutStore.open(tmp_path / "openai", KEY)
+        assert sample_endpoint(endpoint(server), "toy", PROMPTS, 2, store=store, request_fields={}) == 12
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai")),
+    reason="transformers serve needs fastapi, uvicorn and openai (pip install transformers[serving])",
+)
+def test_transformers_serve_samples_the_policy(tmp_path):
+    """Left to itself it decodes greedily; told to sample, it would keep 50 of these 120 words."""
+    count, vocabulary = 250, 120
+    folder = random_llama(tmp_path / "model", vocabulary, spread=1.0, max_length=24, seed=5)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
     with open(tmp_path / "log", "w") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "transformers.cli.transformers",
-            "serve",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    text, chat = Prompt("a b c"), Prompt([{"role": "user", "content": "b b"}])
+    key = RolloutKey("endpoint:toy", "none", max_new_tokens=1, seed=3, sampler="openai")
+    store = RolloutStore.open(tmp_path / "store", key)
+    patient = Endpoint(f"http://127.0.0.1:{port}/v1", retries=100, first_wait=0.2, timeout=60)
     try:
-        chat = Prompt([{"role": "user", "content": "Hi"}])
-        store = RolloutStore.open(tmp_path / "store", KEY)
-        patient = Endpoint(f"http://127.0.0.1:{port}/v1", retries=30, first_wait=0.5, timeout=60)
-        assert sample_endpoint(patient, str(tmp_path / "model"), [chat], 3, store=store, concurrency=1) == 3
-        assert len(store.lists_PK("text", [chat.id], 3)[0]) == 3
+        for prompt, number in ((text, count), (chat, 8)):
+            drawn = sample_endpoint(patient, str(folder), [prompt], number, store=store, concurrency=4)
+            assert drawn == number
     finally:
         server.terminate()
         server.wait(20)
+    assert len(set(store.lists_PK("text", [chat.id], 8)[0])) > 1  # equal by chance: under 1e-6
+    said = np.array([tokenizer.convert_tokens_to_ids(word or EOS_TOKEN)
+                     for word in store.lists_PK("text", [text.id], count)[0]])  # fmt: skip
+    with torch.inference_mode():
+        logits = model(**tokenizer(text.prompt, return_tensors="pt")).logits[0, -1].double()
+    chance = torch.softmax(logits, -1).numpy()
+    chance[1], chance[0] = chance[1] + chance[0], 0.0  # pad and end both say nothing
+    order = np.argsort(-chance)
+    groups = np.array_split(order[:-1], 12)
+    observed = [np.isin(said, group).sum() for group in groups]
+    expected = [count * chance[group].sum() for group in groups]
+    assert stats.chisquare(observed, expected).pvalue > 1e-4  # the false-alarm rate
+    assert chance[order[50:]].sum() > 0.15, "top-k 50 would hardly show"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError
 from infalign.rollouts.http import Endpoint, EndpointError
+from infalign.rollouts.plain_sampling import PlainSampling
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
 
@@ -28,6 +29,7 @@ def sample_endpoint(
     store: RolloutStore,
     concurrency: int = 16,
     count_tokens: Callable[[str], int] | None = None,
+    request_fields: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Draw rollouts 0..num_samples−1 of every prompt, as far as the store does not have them.
@@ -35,7 +37,8 @@ def sample_endpoint(
     Text prompts go to `/completions`, messages to `/chat/completions`, each asking for all missing rollouts of one
     prompt at once; a server that gives fewer choices than asked for is asked again. Token ids and log-probabilities
     stay null: servers do not agree on whether the end token is among them. Whether a seed is honoured is the server's
-    affair.
+    affair. Each request switches off the top-k, penalties and greedy decoding that servers add on their own, in the
+    words of vLLM, SGLang and llama.cpp or in those of `transformers serve`, whichever the server accepts.
 
     Args:
         endpoint: The server; its address ends before `/completions`, usually in `/v1`.
@@ -45,6 +48,7 @@ def sample_endpoint(
         store: Where they go; its key has `sampler="openai"` and says temperature, top_p, length and seed.
         concurrency: Requests under way at the same time.
         count_tokens: Counts the tokens of a response's text, for the column `num_tokens`; null without it.
+        request_fields: Sent with each request instead of those words, for a server that takes neither.
         progress: Called after each write.
 
     Returns:
@@ -62,6 +66,7 @@ def sample_endpoint(
         raise InputError(f"num_samples is {num_samples} and concurrency {concurrency}", where="sample_endpoint",
                          mend="Both must be at least 1")  # fmt: skip
     report = progress or no_progress
+    server = PlainSampling(endpoint, request_fields)
     with store.writing():
         present = store.present()
         unique = {prompt.id: prompt for prompt in prompts}
@@ -69,18 +74,21 @@ def sample_endpoint(
                    for prompt_id in unique}  # fmt: skip
         total = len(unique) * num_samples
         done = total - sum(map(len, missing.values()))
-        drawn, failures = 0, list[str]()
+        drawn, num_tokens, failures = 0, 0, list[str]()
         rows: list[dict[str, Any]] = []
         started = written = time.monotonic()
         report(done, total, "")
 
         def flush() -> None:
-            nonlocal drawn, written
+            nonlocal drawn, num_tokens, written
             if rows:
                 store.append({name: [row[name] for row in rows] for name in rows[0]})
                 drawn += len(rows)
+                num_tokens += sum(row["num_tokens"] or 0 for row in rows)
                 rows.clear()
-                report(done + drawn, total, f"{drawn / max(time.monotonic() - started, 1e-9):,.1f} rollouts/s")
+                seconds = max(time.monotonic() - started, 1e-9)
+                speed = f"{drawn / seconds:,.1f} rollouts/s"
+                report(done + drawn, total, f"{num_tokens / seconds:,.0f} tokens/s" if num_tokens else speed)
             written = time.monotonic()
 
         with ThreadPoolExecutor(concurrency) as pool:
@@ -89,7 +97,7 @@ def sample_endpoint(
             try:
                 while True:
                     while len(running) < 2 * concurrency and (task := next(waiting, None)) is not None:
-                        running.add(pool.submit(_finish_prompt, endpoint, model, *task, store.key, count_tokens))
+                        running.add(pool.submit(_finish_prompt, server, model, *task, store.key, count_tokens))
                     if not running:
                         break
                     finished, running = wait(running, timeout=_SECONDS_PER_SHARD, return_when=FIRST_COMPLETED)
@@ -110,7 +118,7 @@ def sample_endpoint(
 
 
 def _finish_prompt(
-    endpoint: Endpoint,
+    server: PlainSampling,
     model: str,
     prompt: Prompt,
     indices: list[int],
@@ -123,7 +131,7 @@ def _finish_prompt(
     while len(rows) < len(indices):
         lacking = indices[len(rows) :]
         try:
-            choices = _ask(endpoint, model, prompt, len(lacking), _seed(key.seed, prompt.id, lacking[0]), key)
+            choices = _ask(server, model, prompt, len(lacking), _seed(key.seed, prompt.id, lacking[0]), key)
         except EndpointError as error:
             return rows, str(error)
         usable = [choice for choice in choices if choice is not None]
@@ -141,12 +149,14 @@ def _finish_prompt(
                 }
             )
         empty_answers = 0 if usable else empty_answers + 1
-        if empty_answers > endpoint.retries:
+        if empty_answers > server.endpoint.retries:
             return rows, f"the server gave no finished choice for prompt {prompt.id} in {empty_answers} answers"
     return rows, None
 
 
-def _ask(endpoint: Endpoint, model: str, prompt: Prompt, n: int, seed: int, key: Any) -> list[tuple[str, str] | None]:
+def _ask(
+    server: PlainSampling, model: str, prompt: Prompt, n: int, seed: int, key: Any
+) -> list[tuple[str, str] | None]:
     """Text and finish reason of each choice; None for one that did not end by itself or by its length."""
     settings = {
         "model": model,
@@ -157,12 +167,12 @@ def _ask(endpoint: Endpoint, model: str, prompt: Prompt, n: int, seed: int, key:
         "seed": seed,
     }
     if isinstance(prompt.prompt, str):
-        answer = endpoint.post("/completions", {**settings, "prompt": prompt.prompt})
+        answer = server.post("/completions", {**settings, "prompt": prompt.prompt})
     else:
-        answer = endpoint.post("/chat/completions", {**settings, "messages": prompt.prompt})
+        answer = server.post("/chat/completions", {**settings, "messages": prompt.prompt})
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list):
-        raise EndpointError(f"the answer has no choices: {str(answer)[:200]}", where=endpoint.url)
+        raise EndpointError(f"the answer has no choices: {str(answer)[:200]}", where=server.endpoint.url)
     return [_read_choice(choice) for choice in choices]
 
 

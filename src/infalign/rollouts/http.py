@@ -16,11 +16,16 @@ from typing import Any
 from infalign.errors import InfalignError, InputError
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_WRONG_REQUEST = frozenset({400, 422})
 _LONGEST_WAIT = 60.0
 
 
 class EndpointError(InfalignError):
     """A server could not be reached, or its answer cannot be used."""
+
+
+class RequestRefusedError(EndpointError):
+    """A server says that the request itself is wrong: asking again would not help, asking otherwise may."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Endpoint:
         """Post JSON and return the JSON that comes back, trying again while that can help.
 
         Raises:
-            EndpointError: It still failed after the last try, or the server refused the request itself.
+            EndpointError: It still failed after the last try, or the server refused it for good.
+            RequestRefusedError: The server found the request itself wrong (status 400 or 422).
         """
         address = self.url.rstrip("/") + path
         failure = ""
@@ -68,8 +74,9 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 failure = f"status {error.code}: {_beginning(error)}"
                 if error.code not in _TRY_AGAIN:
-                    raise EndpointError(f"the server refused the request ({failure})", where=address,
-                                        mend="Check the address, the model's name and the key") from None  # fmt: skip
+                    refused = RequestRefusedError if error.code in _WRONG_REQUEST else EndpointError
+                    raise refused(f"the server refused the request ({failure})", where=address,
+                                  mend="Check the address, the model's name and the key") from None  # fmt: skip
                 wait = _asked_wait(error)
             except (OSError, http.client.HTTPException) as error:  # timeouts and broken connections among them
                 failure = f"{type(error).__name__}: {error}"
