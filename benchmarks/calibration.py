@@ -1,13 +1,13 @@
 """Calibration: its speed, and what K references are worth.
 
-    python benchmarks/calibration.py [--rewards FILE.npy] [--prompts 150] [--kl 0.5 1.0] [--json]
+    python benchmarks/calibration.py [--rewards FILE.npy | --run FOLDER] [--prompts 150] [--kl 0.5 1.0] [--json]
 
 Speed: 1,000,000 scores against 10,000 prompts × 100 references, beside sorting as many numbers, in the same run.
 
 Worth: the win rate that the optimal transform reaches at matched KL when it sees rewards through an estimated
 quantile, for an ideal policy that follows the transform exactly, with the true quantiles known. Rewards come from
-synthetic families, or from a file of shape (P, M): M real rewards of each prompt's reference rollouts, of which 100
-serve as references and the others as the truth. Estimators:
+synthetic families, or from a file of shape (P, M), or a run folder after `infalign rollout`: M real rewards of each
+prompt's reference rollouts, of which 100 serve as references and the others as the truth. Estimators:
 
     plug-in       M5: the share of references beaten
     M6            the rank-conditional tilt
@@ -23,12 +23,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from scipy import special, stats
 
 from infalign.calibration import RefinedCalibrator, RewardCalibrator
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
+from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.theory.plan import optimum_at_kl
 
@@ -101,6 +103,14 @@ def real(rng: np.random.Generator, rewards_PM: np.ndarray) -> Population:
     truth = np.sort(shuffled[:, MOST_REFERENCES:], axis=1)
     count = truth.shape[1]
     return truth, shuffled[:, :MOST_REFERENCES], (np.arange(count) + 0.5) / count, np.full(count, 1.0 / count)
+
+
+def rewards_of_run(folder: str) -> np.ndarray:
+    """Rewards of a run's reference rollouts, shape (P, M)."""
+    store = RolloutStore.read(Path(folder) / "rollouts" / "reference")
+    (source,) = store.reward_sources
+    ids = sorted(set(store.table(["prompt_id"])["prompt_id"].to_pylist()))
+    return store.rewards_PK(source, ids, len(store) // len(ids))
 
 
 # --- estimators that lost, kept here to be seen -----------------------------------------------------------------------
@@ -194,6 +204,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rewards", help=".npy file of real rewards, shape (P, M), M well above 100")
+    parser.add_argument("--run", help="run folder with well above 100 scored references per prompt")
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--kl", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--repeats", type=int, default=3)
@@ -204,8 +215,10 @@ def main() -> None:
         family: lambda rng, family=family: synthetic(rng, family, arguments.prompts)
         for family in ("Gaussian", "Student t3", "Gumbel", "two modes", "skewed")
     }
-    if arguments.rewards:
-        rewards_PM = np.load(arguments.rewards)
+    if arguments.rewards or arguments.run:
+        rewards_PM = np.load(arguments.rewards) if arguments.rewards else rewards_of_run(arguments.run)
+        if rewards_PM.shape[1] <= MOST_REFERENCES:
+            parser.error(f"{rewards_PM.shape[1]} rewards per prompt leave none for the truth; give well above 100")
         populations = {"reward model": lambda rng: real(rng, rewards_PM)}
     for family, make in populations.items():
         for procedure in (BestOfN(4), WorstOfN(4)):

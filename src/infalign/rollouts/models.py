@@ -29,14 +29,7 @@ def load_policy(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
     torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"no tokenizer can be loaded ({_first_line(error)})",
-            where=str(model),
-            mend="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
-        ) from error
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch_dtype, use_safetensors=None if allow_pickle else True, **options
@@ -47,6 +40,28 @@ def load_policy(
             where=str(model),
             mend="Give a folder with config.json and model.safetensors, or a hub name",
         ) from error
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return policy.to(device).eval(), tokenizer
+
+
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a policy's tokenizer, padding on the left as generation needs.
+
+    Args:
+        model: Local folder or hub name.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        InputError: If there is no tokenizer or no end-of-sequence token there.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"no tokenizer can be loaded ({_first_line(error)})",
+            where=str(model),
+            mend="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, so a response could never end",
@@ -55,8 +70,7 @@ def load_policy(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return policy.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def adapter_base(model: str | Path) -> str:

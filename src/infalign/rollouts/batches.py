@@ -1,0 +1,122 @@
+"""What a store lacks, cut into batches, and drawing one batch: shared by one process and by a cluster."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from infalign.data import Prompt
+from infalign.errors import InputError, MismatchError
+from infalign.rollouts.decode import decode, uniforms
+from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.tokens import context_length, excerpt
+
+# On a CPU, throughput is best with a few hundred rows: the cache of more does not fit the processor's own.
+ROWS_ON_CPU = 512
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Rollouts of one prompt that are to be drawn.
+
+    Attributes:
+        prompt_id: The prompt.
+        tokens: Its token ids.
+        indices: Which of its rollouts.
+    """
+
+    prompt_id: str
+    tokens: list[int]
+    indices: list[int]
+
+
+def missing_rollouts(
+    store: RolloutStore, prompts: Sequence[Prompt], tokens: Sequence[list[int]], num_samples: int
+) -> list[Missing]:
+    """For each prompt, once, the rollouts that the store lacks; longest prompts first.
+
+    What does not fit in memory shows at once then, and the time left is never underestimated.
+    """
+    present = store.present()
+    found: dict[str, Missing] = {}
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        there = present.get(prompt.id, set())
+        lacking = [index for index in range(num_samples) if index not in there]
+        if lacking:
+            found.setdefault(prompt.id, Missing(prompt.id, list(ids), lacking))
+    return sorted(found.values(), key=lambda one: (-len(one.tokens), one.prompt_id))
+
+
+def take_batch(pending: deque[Missing], rows: int) -> list[Missing]:
+    """Remove the next `rows` rollouts from `pending`; a prompt with more than that is spread over batches."""
+    batch: list[Missing] = []
+    while pending and rows > 0:
+        one = pending.popleft()
+        batch.append(replace(one, indices=one.indices[:rows]))
+        if len(one.indices) > rows:
+            pending.appendleft(replace(one, indices=one.indices[rows:]))
+        rows -= min(rows, len(one.indices))
+    return batch
+
+
+def draw_batch(
+    model: PreTrainedModel, tokenizer: Any, batch: Sequence[Missing], end_tokens: Sequence[int], key: RolloutKey
+) -> dict[str, list[Any]]:
+    """Draw a batch: rows for the store, decided by (seed, prompt, index) whoever draws them."""
+    pairs = [(one.prompt_id, index) for one in batch for index in one.indices]
+    drawn_B = decode(
+        model,
+        [one.tokens for one in batch],
+        np.repeat(np.arange(len(batch)), [len(one.indices) for one in batch]),
+        np.stack([uniforms(key.seed, prompt_id, index, key.max_new_tokens) for prompt_id, index in pairs]),
+        end_tokens=end_tokens,
+        temperature=key.temperature,
+        top_p=key.top_p,
+    )
+    # The end token is no text, whether or not the tokenizer counts it among its special ones.
+    shown = [one.token_ids[:-1] if one.ended else one.token_ids for one in drawn_B]
+    return {
+        "prompt_id": [prompt_id for prompt_id, _ in pairs],
+        "index": [index for _, index in pairs],
+        "text": tokenizer.batch_decode(shown, skip_special_tokens=True),
+        "token_ids": [one.token_ids for one in drawn_B],
+        "logprob": [one.logprob for one in drawn_B],
+        "num_tokens": [len(one.token_ids) for one in drawn_B],
+        "finish_reason": ["stop" if one.ended else "length" for one in drawn_B],
+    }
+
+
+def require_key(
+    store: RolloutStore, tokenizer: Any, max_new_tokens: int | None = None, seed: int | None = None
+) -> None:
+    """Raise MismatchError unless the store is for this tokenizer, length and seed, and drawn by transformers."""
+    now = tokenizer_fingerprint(tokenizer)
+    asked = {"tokenizer": now, "max_new_tokens": max_new_tokens, "seed": seed, "sampler": "transformers"}
+    there = store.key.to_dict()
+    different = [f"{name} is {value!r}, the store's is {there[name]!r}"
+                 for name, value in asked.items() if value is not None and value != there[name]]  # fmt: skip
+    if different:
+        raise MismatchError("these rollouts would not belong here: " + "; ".join(different), where=str(store.path),
+                            mend="Open a store with the matching key")  # fmt: skip
+
+
+def require_fit(model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError where a prompt leaves no room for the response; `model` is anything with a `config`."""
+    context = context_length(model)
+    if context is None:
+        return
+    too_long = [p for p, ids in enumerate(tokens) if len(ids) > context - max_new_tokens]
+    if too_long:
+        p = too_long[0]
+        raise InputError(
+            f"{len(too_long)} prompts leave no room for {max_new_tokens} new tokens in a context of {context}; "
+            f"the first is prompt {p} ({prompts[p].id}) with {len(tokens[p])} tokens: {excerpt(prompts[p].prompt)}",
+            where="prompts",
+            mend="Leave them out, shorten them, or lower max_new_tokens",
+        )
