@@ -173,14 +173,17 @@ class Stages:
     def align(self, planned: PlannedTransform, progress: Progress) -> None:
         """Align the reference with one transform."""
         recipe, prompts = self.recipe, self.prompts("train")
+        # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
+        kept = len(prompts) // 8 if recipe.kl_budget is not None else 0
         calibrator = RewardCalibrator.load(self.out / "calibration" / "calibrator")
         align(
             self.reference,
             self.out / "policies" / planned.name,
-            prompts,
+            prompts[kept:],
             TransformedReward(self.reward_source(), calibrator, prompts.ids, planned.transform, planned.beta),
             max_new_tokens=recipe.rollouts.max_new_tokens,
             kl_budget=recipe.kl_budget,
+            kl_prompts=prompts[:kept],
             seed=recipe.seed,
             trust_remote_code=recipe.policy.trust_remote_code,
             allow_pickle=recipe.policy.allow_pickle,

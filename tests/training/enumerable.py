@@ -96,3 +96,12 @@ class Testbed:
             probabilities = np.exp([reached[s] for s in self.responses[index]])
             out.append(0.5 * float(np.abs(probabilities - self.optimum(reward, index)[0]).sum()))
         return out
+
+    def kl(self, model_folder: Path) -> float:
+        """Exact KL of a policy from the reference, mean over the prompts."""
+        model, tokenizer = load_policy(model_folder)
+        total = 0.0
+        for responses, prompt in zip(self.responses, PROMPTS, strict=True):
+            reached = enumerate_responses(model, tokenizer, prompt.prompt)
+            total += sum(np.exp(reached[s]) * (reached[s] - responses[s]) for s in responses)
+        return total / len(PROMPTS)

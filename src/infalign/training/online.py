@@ -30,6 +30,7 @@ from infalign.errors import InputError, TrainingError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
+from infalign.training.landing import Landing, land
 from infalign.training.reward import TransformedReward
 
 # Settings that would change the objective; the recipe cannot pass them on to RLOOConfig.
@@ -73,6 +74,7 @@ class AlignmentResult:
     model: Path
     beta: float
     steps: list[TrainingStep]
+    landing: Landing | None = None  # how the KL budget was met; None without one
 
 
 def align(
@@ -87,6 +89,7 @@ def align(
     num_generations: int = 16,
     learning_rate: float = 1e-5,
     kl_budget: float | None = None,
+    kl_prompts: Sequence[Prompt] | None = None,
     lora: Mapping[str, Any] | None = None,
     seed: int = 0,
     save_steps: int = 25,
@@ -109,7 +112,9 @@ def align(
         prompts_per_step: P, prompts drawn in one step.
         num_generations: G, rollouts per prompt in one step.
         learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
-        kl_budget: Sequence KL to end at, in nats; `None` keeps β as it is.
+        kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is scaled
+            (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
+        kl_prompts: Prompts for that measurement, best not among `prompts`, which serve if there are none.
         lora: `peft.LoraConfig` fields; `None` trains all weights.
         seed: Seeds prompts, rollouts and adapter initialisation.
         save_steps: Steps between checkpoints.
@@ -127,7 +132,7 @@ def align(
     refuse_changed_objective(rloo or {})
     set_seed(seed)
     model, tokenizer = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta, total_steps=steps)
+    controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
     callback = _Steering(reward, controller, out / "steps.jsonl", steps, progress)
     trainer = _make_trainer(
         model,
@@ -151,7 +156,20 @@ def align(
     checkpoint = last_checkpoint(out / "checkpoints")
     callback.restore(checkpoint)
     _train(trainer, checkpoint)
-    return _save(trainer, tokenizer, out, reward.beta, callback.steps)
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(str(out / "model"))
+    if not trainer.accelerator.is_main_process:
+        return AlignmentResult(out / "model", reward.beta, callback.steps)
+    landing = None
+    if kl_budget is not None:
+        trained, _ = load_policy(out / "model", trust_remote_code=trust_remote_code)
+        reference, _ = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        where = list(kl_prompts or prompts)
+        landing = land(trained, reference, tokenizer, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
+        trained.save_pretrained(out / "model")
+    result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
+    _write_result(result, out)
+    return result
 
 
 def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
@@ -386,23 +404,23 @@ class _Steering(TrainerCallback):
         self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
 
 
-def _save(
-    trainer: RLOOTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, beta: float, steps: list[TrainingStep]
-) -> AlignmentResult:
-    trainer.save_model(str(out / "model"))
-    tokenizer.save_pretrained(str(out / "model"))
-    result = AlignmentResult(model=out / "model", beta=beta, steps=steps)
-    if trainer.accelerator.is_main_process:
-        content = {"beta": beta, "steps": [asdict(step) for step in steps]}
-        temporary = out / "result.json.tmp"
-        temporary.write_text(json.dumps(content))
-        temporary.replace(out / "result.json")  # last: a folder without it is unfinished
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return result
+def _write_result(result: AlignmentResult, out: Path) -> None:
+    content = {
+        "beta": result.beta,
+        "landing": None if result.landing is None else asdict(result.landing),
+        "steps": [asdict(step) for step in result.steps],
+    }
+    temporary = out / "result.json.tmp"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(out / "result.json")  # last: a folder without it is unfinished
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def _read_result(out: Path) -> AlignmentResult:
     content = json.loads((out / "result.json").read_text())
     return AlignmentResult(
-        model=out / "model", beta=content["beta"], steps=[TrainingStep(**step) for step in content["steps"]]
+        model=out / "model",
+        beta=content["beta"],
+        steps=[TrainingStep(**step) for step in content["steps"]],
+        landing=None if content["landing"] is None else Landing(**content["landing"]),
     )

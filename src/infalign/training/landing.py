@@ -1,0 +1,130 @@
+"""End a training at its KL budget: scale the whole update θ − θ_ref until the measured KL is the budget.
+
+A controller on β brings the policy near the budget, but it sees noisy KLs of prompts that are being trained on, and its
+hold on the policy ends with the learning rate. What is left is a few percent to tens of percent, enough to spoil a
+comparison at matched KL. Interpolating between the reference's weights and the trained ones moves along a smooth path
+whose KL grows about as the square of the scale (weight interpolation towards the initial policy: Ramé et al. 2024,
+arXiv 2406.16768). The KL is measured on prompts that were kept out of the updates.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from infalign.data import Prompt
+from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.sample import sample
+from infalign.rollouts.store import RolloutStore
+
+SMALLEST, LARGEST = 0.5, 1.5  # how far a landing may scale; beyond that the training itself has to change
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a training came down.
+
+    Attributes:
+        scale: Factor on the update θ − θ_ref; 1 leaves the trained policy as it is.
+        kl_before: Sequence KL of the trained policy on the steering prompts, in nats.
+        kl: The same after scaling.
+        standard_error: Of `kl`, clustered by prompt.
+    """
+
+    scale: float
+    kl_before: float
+    kl: float
+    standard_error: float
+
+
+def land(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    kl_budget: float,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    samples: int = 16,
+    tolerance: float = 0.02,
+    max_rounds: int = 5,
+) -> Landing:
+    """Scale the model's update, in place, until its sequence KL is the budget.
+
+    Args:
+        model: The trained policy: full weights, or a PEFT model whose adapter is the update.
+        reference: Where training started; its weights are not changed.
+        tokenizer: The tokenizer of both.
+        prompts: Prompts to measure the KL on.
+        kl_budget: Target in nats.
+        max_new_tokens: Cap on a response.
+        seed: The same random numbers serve every round, so that rounds differ by the scale alone.
+        samples: Rollouts per prompt.
+        tolerance: Relative deviation at which to stop.
+        max_rounds: Most measurements.
+    """
+    update = _Update(model, reference)
+    scale, rounds = 1.0, []
+    for _ in range(max_rounds):
+        update.set(scale)
+        kl_P = _kl_per_prompt(model, reference, tokenizer, prompts, samples, max_new_tokens, seed)
+        kl, error = float(kl_P.mean()), float(kl_P.std(ddof=1) / math.sqrt(len(kl_P))) if len(kl_P) > 1 else math.nan
+        rounds.append((scale, kl, error))
+        if abs(kl / kl_budget - 1) <= tolerance or kl <= 0:
+            break
+        proposed = min(LARGEST, max(SMALLEST, scale * math.sqrt(kl_budget / kl)))
+        if proposed == scale:
+            break
+        scale = proposed
+    scale, kl, error = min(rounds, key=lambda one: abs(math.log(max(one[1], 1e-12) / kl_budget)))
+    update.set(scale)
+    return Landing(scale=scale, kl_before=rounds[0][1], kl=kl, standard_error=error)
+
+
+class _Update:
+    """θ − θ_ref of a model, whose weights can be put at any scale of it."""
+
+    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel) -> None:
+        trained = dict(model.named_parameters())
+        # Scaling B scales the product B·A, which is what an adapter adds; the reference is where B is zero.
+        if any("lora_B" in name for name in trained):
+            trained = {name: p for name, p in trained.items() if "lora_B" in name}
+            start = {name: torch.zeros_like(p) for name, p in trained.items()}
+        else:
+            start = {name: p.detach() for name, p in reference.named_parameters() if name in trained}
+        self._parameters = trained
+        self._start = start
+        self._update = {name: p.detach() - start[name] for name, p in trained.items()}
+
+    @torch.no_grad()
+    def set(self, scale: float) -> None:
+        """Put the weights at θ_ref + scale · update."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._start[name] + scale * self._update[name])
+
+
+def _kl_per_prompt(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> np.ndarray:
+    """Mean over fresh rollouts of the exact KL at each visited prefix, shape (P,)."""
+    key = RolloutKey("landing", tokenizer_fingerprint(tokenizer), max_new_tokens=max_new_tokens, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        store = RolloutStore.open(folder, key)
+        sample(model, tokenizer, prompts, samples, store=store)
+        token_ids_PG = store.lists_PK("token_ids", [prompt.id for prompt in prompts], samples)
+    return log_ratios(model, reference, tokenizer, prompts, token_ids_PG).exact_kl_PG.mean(axis=1)
