@@ -18,8 +18,8 @@ class KLController:
     """Control of log β on the log of the KL that is to be expected some steps ahead, by its trend, over the budget.
 
     The policy answers to β with a lag and at a limited pace: without looking ahead β would overshoot, and so would the
-    KL. β changes by at most a factor exp(gain · clip) per step, only after the first steps have shown a trend, and stays
-    within `span` of where it started, so that a policy which cannot reach the budget does not drive β to zero.
+    KL. β changes by at most a factor exp(gain · clip) per step, only after the first steps have shown a trend, and
+    stays within `span` of where it started, so that a policy which cannot reach the budget does not drive β to zero.
 
     Attributes:
         kl_budget: Target of the sequence KL, in nats.

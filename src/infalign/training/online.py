@@ -112,8 +112,8 @@ def align(
         prompts_per_step: P, prompts drawn in one step.
         num_generations: G, rollouts per prompt in one step.
         learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
-        kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is scaled
-            (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
+        kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is
+            scaled (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
         kl_prompts: Prompts for that measurement, best not among `prompts`, which serve if there are none.
         lora: `peft.LoraConfig` fields; `None` trains all weights.
         seed: Seeds prompts, rollouts and adapter initialisation.
