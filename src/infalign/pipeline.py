@@ -174,9 +174,17 @@ class Pipeline:
                 partial(stages.align, planned),
                 title=f"Align ({name})",
             )
-            beta = stages.read_json(f"policies/{name}/result.json")["beta"]
-            trained[name] = {"beta": beta, "model": str(stages.policy_folder(name))}
-        lines = [f"{name}: {entry['model']} (final beta {entry['beta']:.4g})" for name, entry in trained.items()]
+            result = stages.read_json(f"policies/{name}/result.json")
+            result.pop("steps")
+            trained[name] = {**result, "model": str(stages.policy_folder(name))}
+        lines: list[str] = []
+        for name, entry in trained.items():
+            lines.append(f"{name}: {entry['model']} (final beta {entry['beta']:.4g})")
+            if landing := entry["landing"]:
+                lines.append(
+                    f"  landed at {landing['kl']:.3f} ± {landing['standard_error']:.3f} nats by scaling the update by "
+                    f"{landing['scale']:.2f} (it came in at {landing['kl_before']:.3f})"
+                )
         return {"text": "\n".join(lines), "policies": trained}
 
     def _evaluate(self) -> dict[str, Any]:
