@@ -33,8 +33,8 @@ def _procedure_dict(value: Any) -> Any:
 
 
 def _transform_value(value: Any) -> Any:
-    """`optimal`, `identity`, `log`, `{exponential: t}` or `{file: transform.json}`."""
-    if isinstance(value, str) and value in {"optimal", "identity", "log"}:
+    """`optimal`, `self-consistent`, `identity`, `log`, `{exponential: t}` or `{file: transform.json}`."""
+    if isinstance(value, str) and value in {"optimal", "self-consistent", "identity", "log"}:
         return value
     if isinstance(value, Mapping) and len(value) == 1:
         (kind, argument), *_ = value.items()
@@ -42,7 +42,9 @@ def _transform_value(value: Any) -> Any:
             return {"exponential": float(argument)}
         if kind == "file" and isinstance(argument, str):
             return {"file": argument}
-    raise ValueError("a transform is one of: optimal, identity, log, {exponential: t}, {file: transform.json}")
+    raise ValueError(
+        "a transform is one of: optimal, self-consistent, identity, log, {exponential: t}, {file: transform.json}"
+    )
 
 
 Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
@@ -253,9 +255,9 @@ def transform_name(transform: str | Mapping[str, Any]) -> str:
 
 
 def named_transform(transform: str | Mapping[str, Any]) -> RewardTransform | None:
-    """The transform itself; `None` for `optimal`, which depends on procedure and β."""
+    """The transform itself; `None` for `optimal` and `self-consistent`, which depend on the procedure."""
     if isinstance(transform, str):
-        return {"optimal": None, "identity": Identity(), "log": Log()}[transform]
+        return {"optimal": None, "self-consistent": None, "identity": Identity(), "log": Log()}[transform]
     if "exponential" in transform:
         return Exponential(transform["exponential"])
     return RewardTransform.load(Path(transform["file"]))

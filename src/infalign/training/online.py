@@ -350,7 +350,7 @@ class _Steering(TrainerCallback):
         """Go on from a checkpoint (or start afresh)."""
         if checkpoint is not None:
             state = json.loads((checkpoint / self.STATE).read_text())
-            self.reward.beta = state["beta"]
+            self.reward.load_state(state["reward"])
             self.steps = [TrainingStep(**step) for step in state["steps"]]
             if self.controller is not None:
                 self.controller = KLController(**state["controller"])
@@ -392,7 +392,7 @@ class _Steering(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             content = {
-                "beta": self.reward.beta,
+                "reward": self.reward.state(),
                 "steps": [asdict(step) for step in self.steps],
                 "controller": None if self.controller is None else self.controller.state(),
             }

@@ -6,7 +6,7 @@ TRL's `RLOOTrainer` and `GRPOTrainer`; the data set only needs a `prompt_id` col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from infalign.calibration import RewardCalibrator
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.rewards import RewardSource
 from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
+from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -34,7 +35,7 @@ class TransformedReward:
         source: Scores responses.
         calibrator: Fitted on the reference policy's rewards, one row per prompt.
         prompt_ids: The prompt id of each of the calibrator's rows.
-        transform: Φ.
+        transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next.
         beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
 
     Raises:
@@ -46,7 +47,7 @@ class TransformedReward:
         source: RewardSource,
         calibrator: RewardCalibrator,
         prompt_ids: Sequence[str],
-        transform: RewardTransform,
+        transform: RewardTransform | SelfConsistentTransform,
         beta: float,
     ) -> None:
         if len(prompt_ids) != calibrator.num_prompts:
@@ -130,7 +131,23 @@ class TransformedReward:
         if log_metric is not None:
             log_metric("calibrated_reward", float(self.calibrate(rewards_B, prompt_id).mean()))
             log_metric("raw_reward", float(rewards_B.mean()))
-        return self.tilt(rewards_B, prompt_id).tolist()
+        tilt_B = self.tilt(rewards_B, prompt_id)
+        if isinstance(self.transform, SelfConsistentTransform):  # after use: a reward must not depend on its own noise
+            rows = self._rows(prompt_id)
+            self.transform.update(self.calibrator.ranks(rewards_B, prompt_index=rows), self.calibrator.num_ref_P[rows])
+            self._tilt_of_K = {}
+        return tilt_B.tolist()
+
+    def state(self) -> dict[str, Any]:
+        """What changes during training, JSON-able."""
+        cdf = self.transform.cdf.tolist() if isinstance(self.transform, SelfConsistentTransform) else None
+        return {"beta": self.beta, "cdf": cdf}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.beta = state["beta"]
+        if isinstance(self.transform, SelfConsistentTransform):
+            self.transform.cdf = np.array(state["cdf"])
 
     def _rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
         try:
@@ -144,5 +161,8 @@ class TransformedReward:
 
     def _tilt_table(self, num_ref: int) -> Float:
         if num_ref not in self._tilt_of_K:
-            self._tilt_of_K[num_ref] = rank_conditional_tilt(self.transform, self.beta, num_ref) / self.beta
+            if isinstance(self.transform, SelfConsistentTransform):
+                self._tilt_of_K[num_ref] = self.transform.tilt_by_rank(num_ref, self.beta)
+            else:
+                self._tilt_of_K[num_ref] = rank_conditional_tilt(self.transform, self.beta, num_ref) / self.beta
         return self._tilt_of_K[num_ref]
