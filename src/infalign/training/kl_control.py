@@ -38,7 +38,7 @@ class KLController:
 
     kl_budget: float
     beta: float
-    gain: float = 0.15
+    gain: float = 0.05
     clip: float = 1.0
     memory: float = 0.7
     lead: float = 10.0
