@@ -22,6 +22,28 @@ def test_false_alarms_are_as_rare_as_stated():
     assert scores.std() == pytest.approx(1.0, abs=0.12)
 
 
+def test_shares_and_prompt_scores_have_the_errors_they_state():
+    rng = np.random.default_rng(7)
+    for num_ref in (9, 64):  # 5 gaps in 5 parts; 33 gaps in ten parts of 3 or 4
+        reports = [calibration_report(rng.normal(size=(20, num_ref))) for _ in range(400)]
+        expected, errors = np.array(reports[0].expected_shares), np.array(reports[0].share_standard_errors)
+        assert expected.sum() == pytest.approx(1.0)
+        z = (np.array([report.rank_shares for report in reports]) - expected) / errors
+        # Means and variances over 400 reports have standard errors 0.05 and 0.07; five of them. Seeded.
+        np.testing.assert_allclose(z.mean(axis=0), 0.0, atol=0.25)
+        np.testing.assert_allclose(z.var(axis=0), 1.0, atol=0.36)
+    many = calibration_report(rng.normal(size=(4000, 64)))
+    # Quantiles at 5 %, 50 % and 95 % of 4000 normal numbers have standard errors 0.033, 0.020 and 0.033; five of them.
+    np.testing.assert_allclose(np.array(many.prompt_scores)[[0, 9, 18]], [-1.645, 0.0, 1.645], atol=0.17)
+
+
+def test_half_of_a_tie_counts_on_either_side():
+    # Fitted 0, 1; held out 1 (a tie: rank 1½) and 2 (rank 2). Three gaps, three parts.
+    report = calibration_report([[0.0, 1.0, 1.0, 2.0]])
+    assert report.rank_shares == (0.0, 0.25, 0.75)
+    assert report.expected_shares == pytest.approx((1 / 3,) * 3)
+
+
 def test_a_change_between_the_halves_is_seen_and_named():
     rng = np.random.default_rng(1)
     rewards_PK = rng.normal(size=(200, 32))

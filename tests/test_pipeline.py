@@ -159,9 +159,20 @@ def test_stage_by_stage_gives_the_same_and_refuses_to_skip(job, finished, tmp_pa
     out = tmp_path / "stages"
     with pytest.raises(MismatchError, match="has not been done"):
         run(job, out, only="train")
-    for only in ("rollout", "calibrate", "train", "evaluate", "report"):
-        stage_result, _ = run(job, out, only=only)
-    assert stage_result["results"] == result["results"]
+    results = {only: run(job, out, only=only)[0] for only in ("rollout", "calibrate", "train", "evaluate", "report")}
+    assert results["report"]["results"] == result["results"]
+    drawn = results["rollout"]
+    prompts = len((out / "prompts" / "train.jsonl").read_text().splitlines())
+    assert (drawn["prompts"], drawn["rollouts"], drawn["unscored"]) == (prompts, 4 * prompts, 0)
+    assert 4 * prompts <= drawn["tokens"] <= 16 * prompts
+    assert f"{4 * prompts} reference rollouts of {prompts} prompts" in drawn["text"]
+    calibrated = results["calibrate"]
+    assert set(calibrated["calibration"]) >= {"prompts", "num_ref", "tie_mass", "report"}
+    assert 0.0 <= calibrated["calibration"]["report"]["held_out_p_value"] <= 1.0
+    assert 0.0 < calibrated["plan"]["win_rate_lost"] < 0.5
+    json.dumps(calibrated, allow_nan=False)
+    assert "Held-out references: mean" in calibrated["text"]
+    assert "4 references per prompt cost" in calibrated["text"]
     with pytest.raises(MismatchError, match=r"other settings \(.*num_ref: 4 then, 5 now"):
         run(job, out, "rollouts.num_ref=5", only="calibrate")
 

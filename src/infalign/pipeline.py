@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
 from infalign.errors import InfalignError, StorageError
 from infalign.evaluation.run import MethodResult
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
+from infalign.report.calibration_display import calibration_lines
 from infalign.report.table import text_table
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
@@ -119,14 +121,12 @@ class Pipeline:
             stages.score_reference,
             title="Score the reference rollouts",
         )
-        prompts = len(stages.prompts("train"))
-        count, where = prompts * recipe.rollouts.num_ref, self.out / "rollouts" / "reference"
-        return {
-            "text": f"{count} scored reference rollouts of {prompts} prompts in {where}",
-            "rollouts": count,
-            "prompts": prompts,
-            "store": str(where),
-        }
+        if self._only != "rollout":
+            return {}
+        counts, where = stages.count_reference(), self.out / "rollouts" / "reference"
+        told = f"{counts['rollouts']} reference rollouts of {counts['prompts']} prompts, {counts['tokens']:,} tokens"
+        told += f", {counts['truncated']} cut at {recipe.rollouts.max_new_tokens}, {counts['unscored']} unscored"
+        return {"text": f"{told}, in {where}", **counts, "store": str(where)}
 
     def _calibrate(self) -> dict[str, Any]:
         recipe, stages = self.recipe, self.stages
@@ -143,15 +143,20 @@ class Pipeline:
         self._stage(
             "plan",
             "calibrate",
-            {**chosen, "transforms": recipe.transforms, "files": files},
+            {**chosen, "transforms": recipe.transforms, "files": files, "num_ref": recipe.rollouts.num_ref},
             ["plan.json"],
             stages.make_plan,
             title="Choose beta and transforms",
         )
         plan, summary = stages.read_json("plan.json"), stages.read_json("calibration/summary.json")
         lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
+        if summary.get("report"):
+            lines.extend(calibration_lines(CalibrationReport.from_dict(summary["report"])))
         for entry in plan["transforms"]:
             lines.append(f"{entry['name']}: beta {entry['beta']:.4g} for a planned KL of {plan['kl']:.3f} nats")
+        if plan["win_rate_lost"] is not None:
+            told = f"{plan['num_ref']} references per prompt cost {100 * plan['win_rate_lost']:.1f} points of win rate"
+            lines.append(f"{told} at this KL, in theory, against infinitely many")
         return {"text": "\n".join(lines), "calibration": summary, "plan": plan}
 
     def _train(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from infalign.calibration import RewardCalibrator
+from infalign.calibration_report import calibration_report
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.run import MethodResult, compare, measure
@@ -30,11 +31,13 @@ from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_json, write_text
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.alternatives import tilt_at_kl
+from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
 from infalign.training.online import align
 from infalign.training.reward import TransformedReward
+from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform, transform_from_dict
 
 
@@ -43,13 +46,16 @@ class PlannedTransform:
     """A transform to align with, and the β that theory gives it."""
 
     name: str
-    transform: RewardTransform
+    transform: RewardTransform | SelfConsistentTransform
     beta: float
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
         """Inverse of what `plan.json` holds."""
-        return cls(content["name"], transform_from_dict(content["transform"]), content["beta"])
+        described = content["transform"]
+        own = described["kind"] == SelfConsistentTransform.label
+        transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
+        return cls(content["name"], transform, content["beta"])
 
 
 class Stages:
@@ -120,6 +126,22 @@ class Stages:
         """Their rewards."""
         score_store(self.store("reference"), self.reward_source(), self.prompts("train"), progress=progress)
 
+    def count_reference(self) -> dict[str, int]:
+        """Of the reference rollouts of the training prompts: their tokens, how many were cut, and how many unscored."""
+        store, prompts = self.store("reference"), self.prompts("train")
+        ids, num_ref = prompts.ids, self.recipe.rollouts.num_ref
+        wanted = set(ids)
+        rewards = store.rewards(self.reward_source().key)
+        rows = zip(rewards["prompt_id"].to_pylist(), rewards["index"].to_pylist(), rewards["reward"].to_pylist(),
+                   strict=True)  # fmt: skip
+        return {
+            "prompts": len(prompts),
+            "rollouts": len(prompts) * num_ref,
+            "tokens": int(store.column_PK("num_tokens", ids, num_ref).sum()),
+            "truncated": int((store.column_PK("finish_reason", ids, num_ref) == "length").sum()),
+            "unscored": sum(reward is None for prompt, index, reward in rows if prompt in wanted and index < num_ref),
+        }
+
     # --- calibration ---
 
     def fit_calibration(self, progress: Progress) -> None:
@@ -142,6 +164,8 @@ class Stages:
                 "tie_mass": calibrator.tie_mass,
                 "within_prompt_std": float(rewards_PK.std(axis=1).mean()),
                 "between_prompt_std": float(rewards_PK.mean(axis=1).std()),
+                # Two halves of fewer than two references each tell nothing.
+                "report": calibration_report(rewards_PK).to_dict() if num_ref >= 4 else None,
             },
         )
 
@@ -161,12 +185,30 @@ class Stages:
             transform = named_transform(wanted)
             if transform is None:
                 optimum = optimum_at_kl(procedure, kl)
-                transform, beta = optimum.transform, optimum.beta
+                following = wanted == SelfConsistentTransform.label
+                transform = SelfConsistentTransform(procedure) if following else optimum.transform
+                beta = optimum.beta
             else:
                 beta = tilt_at_kl(transform, kl).beta
             planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
-        content = {"procedure": procedure.to_dict(), "kl": kl, "kl_budget": recipe.kl_budget, "transforms": planned}
+        content = {
+            "procedure": procedure.to_dict(),
+            "kl": kl,
+            "kl_budget": recipe.kl_budget,
+            "num_ref": recipe.rollouts.num_ref,
+            "win_rate_lost": self._win_rate_lost(kl),
+            "transforms": planned,
+        }
         write_json(self.out / "plan.json", content)
+
+    def _win_rate_lost(self, kl: float) -> float | None:
+        """What this many references cost the optimal transform in theory; None where they cannot spend this KL."""
+        try:
+            optimum = optimum_at_kl(self.recipe.target_procedure, kl)
+            return finite_k_prediction(optimum, self.recipe.rollouts.num_ref).win_rate_lost
+        except InputError as error:
+            self.say(f"  {error}")
+            return None
 
     # --- training ---
 

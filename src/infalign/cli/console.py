@@ -39,15 +39,27 @@ class ConsoleReporter:
                 task = bar.add_task("", total=None, title=title, text="")
                 yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
         else:
-            last = started
+            last, first = started, None
 
             def line(done: int, total: int, text: str) -> None:
-                nonlocal last
+                nonlocal last, first
                 now = time.monotonic()
+                if first is None:
+                    first = (now, done)  # what an earlier run had done says nothing about the speed of this one
                 if now - last >= SECONDS_BETWEEN_LINES:
                     last = now
-                    self.say(f"  {title}: {done}/{total}  {text}")
+                    left = time_left(now - first[0], done - first[1], total - done)
+                    self.say("  ".join(part for part in (f"  {title}: {done}/{total}", text, left) if part))
 
             self.say(f"{title} …")
             yield line
         self.say(f"{title}: done in {time.monotonic() - started:.0f} s")
+
+
+def time_left(seconds: float, done: int, remaining: int) -> str:
+    """`2:05 left` at the pace so far; empty while there is none."""
+    if done <= 0 or remaining <= 0:
+        return ""
+    minutes, rest = divmod(round(seconds * remaining / done), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"

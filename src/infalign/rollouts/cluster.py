@@ -118,7 +118,7 @@ def sample_on_cluster(
         except ray.exceptions.RayError as error:
             reason = str(error).strip().rsplit("\n", maxsplit=1)[-1]
             raise ClusterError(f"the cluster stopped after {drawn} rollouts ({reason})", where=str(store),
-                               mend="Start again to draw what is missing") from error  # fmt: skip
+                               mend="Mend that and start again: only what is missing is drawn") from error  # fmt: skip
     return drawn
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.errors import InputError
@@ -34,7 +35,7 @@ def load_policy(
         policy = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch_dtype, use_safetensors=None if allow_pickle else True, **options
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(
             f"no causal language model can be loaded ({_first_line(error)})",
             where=str(model),

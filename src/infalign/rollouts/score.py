@@ -86,7 +86,8 @@ def score_store(
                     where=str(source),
                     mend=f"Mend the reward, or allow a larger share than {max_unscored:g}",
                 )
-            report(done, len(mine), f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s")
+            speed = f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s"
+            report(done, len(mine), f"{speed}, {unscored} unscored" if unscored else speed)
     return scored_now
 
 
