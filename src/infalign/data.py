@@ -268,7 +268,13 @@ def load_prompts(
         seen.add(prompt.id)
         prompts.append(prompt)
     if not prompts:
-        raise InputError("there are no prompts", where=str(source))
+        if held_out is None:
+            raise InputError("there are no prompts", where=str(source))
+        raise InputError(
+            f"no prompt falls on the {side.replace('_', '-')} side with a share of {held_out} held out",
+            where=str(source),
+            mend="Give more prompts or another share",
+        )
     return PromptSet(tuple(prompts), duplicates)
 
 

@@ -21,10 +21,14 @@ kl_budget: 0.2
 """
 
 
+def write_prompts(folder, prompts):
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     random_llama(tmp_path / "policy", None, hidden_size=16)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Number {i}: "}) + "\n" for i in range(20)))
+    write_prompts(tmp_path, [f"Number {i}: " for i in range(20)])
     (tmp_path / "demo_rewards.py").write_text(
         "def length(prompts, completions):\n    return [len(c) for c in completions]\n"
     )
@@ -67,12 +71,13 @@ def test_dry_run_as_json_is_json_alone(job, capsys, monkeypatch):
         (lambda job: (job / "prompts.jsonl").unlink(), "prompts.jsonl"),
         (lambda job: (job / "prompts.jsonl").write_text('{"text": "a"}\n'), "prompt"),
         (lambda job: (job / "prompts.jsonl").write_text('{"prompt": " "}\n'), "the prompt is empty"),
-        (lambda job: (job / "prompts.jsonl").write_text(json.dumps({"prompt": "x" * 500})), "context"),
+        (lambda job: write_prompts(job, [f"{i} " + "x" * 500 for i in range(20)]), "context"),
         (lambda job: (job / "prompts.jsonl").write_bytes(b'{"prompt": "\xff"}\n'), "UTF-8"),
         (
-            lambda job: (job / "prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n'),
+            lambda job: write_prompts(job, [[{"role": "user", "content": f"Number {i}"}] for i in range(20)]),
             "no chat template",
         ),
+        (lambda job: write_prompts(job, ["only one"]), "no prompt falls on the"),
         (lambda job: (job / "policy" / "tokenizer.json").unlink(), "tokenizer"),
         (lambda job: (job / "policy" / "config.json").unlink(), "no model can be read"),
         (lambda job: (job / "demo_rewards.py").unlink(), "cannot be imported"),
