@@ -216,7 +216,7 @@ class Stages:
         """Align the reference with one transform."""
         recipe, prompts = self.recipe, self.prompts("train")
         # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
-        kept = len(prompts) // 8 if recipe.kl_budget is not None else 0
+        kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
         calibrator = RewardCalibrator.load(self.out / "calibration" / "calibrator")
         align(
             self.reference,

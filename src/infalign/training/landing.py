@@ -54,7 +54,7 @@ def land(
     *,
     max_new_tokens: int,
     seed: int,
-    samples: int = 16,
+    samples: int = 8,
     tolerance: float = 0.02,
     max_rounds: int = 5,
 ) -> Landing:
