@@ -460,7 +460,7 @@ def _sentence(
     elif adjusted_p_value >= 1 - base.confidence:
         why = "it does not stand once all comparisons made here are counted"
     else:
-        why = f"it does not stand at matched KL, where it may be {100 * matched.estimate:+.1f} points"
+        why = f"it does not stand at matched KL ({100 * matched.estimate:+.1f} points) with all comparisons counted"
     return f"{procedure}: not resolved whether {result.label} differs from {base.label} ({numbers}): {why}."
 
 

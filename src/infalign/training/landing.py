@@ -54,7 +54,7 @@ def land(
     *,
     max_new_tokens: int,
     seed: int,
-    samples: int = 8,
+    rollouts: int = 1024,
     tolerance: float = 0.02,
     max_rounds: int = 5,
 ) -> Landing:
@@ -68,10 +68,11 @@ def land(
         kl_budget: Target in nats.
         max_new_tokens: Cap on a response.
         seed: The same random numbers serve every round, so that rounds differ by the scale alone.
-        samples: Rollouts per prompt.
+        rollouts: Rollouts of each measurement, over all prompts; at least 4 of each.
         tolerance: Relative deviation at which to stop.
         max_rounds: Most measurements.
     """
+    samples = max(4, -(-rollouts // len(prompts)))
     update = _Update(model, reference)
     scale, rounds = 1.0, []
     for _ in range(max_rounds):
