@@ -98,6 +98,7 @@ def main() -> None:
         ("plan at KL 0.5, Best-of-4", lambda: ia.plan(ia.BestOfN(4), kl_budget=0.5)),
         ("optimum, Best-of-10000, beta 0.1", lambda: ia.optimal_transform(ia.BestOfN(10_000), 0.1)),
         ("optimum, Worst-of-10000, beta 0.001", lambda: ia.optimal_transform(ia.WorstOfN(10_000), 1e-3)),
+        ("optimum, Worst-of-64 against one sample", lambda: ia.optimal_transform(ia.WorstOfN(64), 0.1, ia.Standard())),
         ("its table, Best-of-4, beta 0.1", lambda: ia.optimal_transform(ia.BestOfN(4), 0.1).transform),
     ]
     for name, call in calls:

@@ -45,7 +45,15 @@ def test_order_statistic_refuses_k_above_n():
 
 @pytest.mark.parametrize(
     ("parts", "message"),
-    [([], "sum"), ([(0.5, ia.Standard())], "sum"), ([(-1.0, ia.Standard()), (2.0, ia.Standard())], "not positive")],
+    [
+        ([], "sum"),
+        ([(1.0, "best-of-4")], "not a procedure"),
+        ([(ia.Standard(), 1.0)], "not a pair"),
+        ((1.0, ia.Standard()), "not a pair"),
+        ([("half", ia.Standard())], "not a pair"),
+        ([(0.5, ia.Standard())], "sum"),
+        ([(-1.0, ia.Standard()), (2.0, ia.Standard())], "not positive"),
+    ],
 )
 def test_mixture_refuses_weights_that_are_no_weights(parts, message):
     with pytest.raises(ia.InputError, match=message):
@@ -71,6 +79,11 @@ def test_mixture_of_mixtures_is_flat():
         ({"kind": "order-statistic", "n": 4}, "does not fit"),
         ({"kind": "mixture"}, "does not fit"),
         ({"kind": "mixture", "parts": [{"weight": 1.0}]}, "does not fit"),
+        ({"kind": "mixture", "parts": [{"weight": 1.0, "procedure": "standard"}]}, "does not describe"),
+        ({"kind": "fitted", "weights": "x", "num_samples": 3}, "not a number"),
+        ("best-of-4", "does not describe"),
+        (None, "does not describe"),
+        ([1], "does not describe"),
     ],
 )
 def test_procedure_from_dict_names_what_is_wrong(description, message):
@@ -117,6 +130,18 @@ def test_a_procedure_of_ones_own_is_solved_like_any_other():
         own.procedure.to_dict()
 
 
+class Flattens(Own):
+    """Right on a vector, but loses the shape of a matrix."""
+
+    def density(self, q):
+        return np.ones(np.size(q))
+
+
+def test_a_density_that_loses_the_shape_of_its_argument_is_refused():
+    with pytest.raises(ia.InputError, match="shape of a matrix"):
+        ia.check_procedure(Flattens())
+
+
 @dataclass(frozen=True)
 class UpperHalf(InferenceProcedure):
     """Never returns anything from the lower half: h has a kink (power 2) or a jump (power 1) at one half."""
@@ -135,7 +160,7 @@ def test_a_kink_is_resolved_and_a_jump_is_refused():
     best = ia.optimal_transform(UpperHalf(power=2), 0.1)
     assert best.residual < 1e-8
     assert best.tilt.win_rate(UpperHalf(power=2)) == pytest.approx(best.win_rate, abs=1e-10)
-    with pytest.raises(ia.InputError, match="jumps must be smoothed"):
+    with pytest.raises(ia.InputError, match="density h jumps"):
         ia.optimal_transform(UpperHalf(power=1), 0.1)
 
 
@@ -181,6 +206,27 @@ def test_noise_of_finite_reference_ranks_is_not_mistaken_for_the_procedure():
 def test_fitting_refuses_what_are_not_ranks(ranks, message):
     with pytest.raises(ia.InputError, match=message):
         ia.FittedProcedure.from_ranks(ranks)
+
+
+@pytest.mark.parametrize("num_ref", [0, -1, 2.5, "16", True, np.nan])
+def test_fitting_refuses_what_is_no_number_of_references(num_ref):
+    with pytest.raises(ia.InputError, match="num_ref"):
+        ia.FittedProcedure.from_ranks(np.linspace(0, 1, 33), num_ref=num_ref)
+
+
+def test_fitting_refuses_ranks_that_do_not_fit_the_number_of_references():
+    with pytest.raises(ia.InputError, match="multiple of 1/20"):
+        ia.FittedProcedure.from_ranks(np.linspace(0, 1, 33), num_ref=10)
+    float32 = np.linspace(0, 1, 33, dtype=np.float32)
+    assert ia.FittedProcedure.from_ranks(float32, num_ref=32) == ia.FittedProcedure.from_ranks(
+        np.arange(33) / 32, num_ref=32
+    )
+
+
+def test_fitting_asks_for_the_number_of_references_when_ranks_take_few_values():
+    with pytest.raises(ia.InputError, match="only 1 value"):
+        ia.FittedProcedure.from_ranks(np.ones(50))
+    assert ia.FittedProcedure.from_ranks(np.ones(50), num_ref=4).distortion(0.5) < 0.1
 
 
 @pytest.mark.parametrize(("weights", "message"), [((), "none"), ((0.5,), "sum"), ((2.0, -1.0), "negative")])

@@ -66,7 +66,7 @@ def test_tabulated_refuses_what_is_not_an_increasing_function(arguments, message
 
 
 def test_refuses_an_infinite_exponent():
-    with pytest.raises(ia.InputError, match="not finite"):
+    with pytest.raises(ia.InputError, match="not a finite number"):
         ia.Exponential(math.inf)
 
 
@@ -75,9 +75,12 @@ def test_refuses_an_infinite_exponent():
     [
         ({"kind": "sigmoid"}, "unknown transform kind"),
         ({}, "unknown transform kind"),
+        ({"kind": ["log"]}, "unknown transform kind"),
+        ("log", "does not describe"),
+        (None, "does not describe"),
         ({"kind": "exponential"}, "does not fit"),
         ({"kind": "identity", "t": 1}, "does not fit"),
-        ({"kind": "exponential", "t": "steep"}, "does not fit"),
+        ({"kind": "exponential", "t": "steep"}, "not a finite number"),
     ],
 )
 def test_transform_from_dict_names_what_is_wrong(description, message):
@@ -91,6 +94,29 @@ def test_load_refuses_other_files(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ia.InputError, match=r"file\.json"):
         ia.RewardTransform.load(path)
+
+
+def test_load_names_the_file_that_holds_no_increasing_function(tmp_path):
+    path = tmp_path / "file.json"
+    content = '{"kind": "tabulated", "u": [0, 1], "value": [1, 0]}'
+    path.write_text(f'{{"format": "infalign.transform", "version": 1, "transform": {content}}}')
+    with pytest.raises(ia.InputError, match=r"file\.json.*decrease"):
+        ia.RewardTransform.load(path)
+
+
+def test_notes_that_json_cannot_hold_are_refused_and_nothing_is_written(tmp_path):
+    for note in (object(), math.nan):
+        with pytest.raises(ia.InputError, match="JSON-ready"):
+            ia.Identity().save(tmp_path / "file.json", about={"note": note})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_cannot_be_changed():
+    table = ia.Tabulated([0, 1], [0, 1])
+    with pytest.raises(AttributeError):
+        table.u = np.array([0.0, 1.0])
+    with pytest.raises(ValueError, match="read-only"):
+        table.value[0] = 5.0
 
 
 def test_load_and_save_name_the_file_they_cannot_reach(tmp_path):

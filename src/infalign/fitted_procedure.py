@@ -19,7 +19,8 @@ import numpy.typing as npt
 from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure
+from infalign.procedures import InferenceProcedure, whole_number
+from infalign.quadrature import unit_interval
 
 Array = npt.NDArray[np.float64]
 
@@ -53,16 +54,17 @@ class FittedProcedure(InferenceProcedure):
     num_samples: int
 
     def __post_init__(self) -> None:
-        weights = tuple(float(weight) for weight in self.weights)
+        try:
+            weights = tuple(float(weight) for weight in self.weights)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a weight is not a number ({error})", where="FittedProcedure") from error
         if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise InputError("a weight is negative or not finite, or there is none", where="FittedProcedure")
         total = math.fsum(weights)
         if abs(total - 1.0) > 1e-6:
             raise InputError(f"the weights sum to {total:g}", where="FittedProcedure", mend="Make them sum to 1")
-        if self.num_samples < 1:
-            raise InputError(f"num_samples = {self.num_samples!r} is less than 1", where="FittedProcedure")
         object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
-        object.__setattr__(self, "num_samples", int(self.num_samples))
+        object.__setattr__(self, "num_samples", whole_number(self.num_samples, "num_samples", "FittedProcedure"))
 
     @classmethod
     def from_ranks(cls, ranks: npt.ArrayLike, *, num_ref: int | None = None, seed: int = 0) -> FittedProcedure:
@@ -71,17 +73,36 @@ class FittedProcedure(InferenceProcedure):
         Args:
             ranks: Any shape: one calibrated reward in [0, 1] per output, best from many prompts.
             num_ref: K, if the ranks were calibrated with K reference rollouts: the noise of such ranks is then part of
-                the likelihood (beta-binomial) and not mistaken for randomness of the procedure.
+                the likelihood (beta-binomial) and not mistaken for randomness of the procedure. The ranks must then be
+                multiples of 1/(2K); leave it out for calibrated rewards that were smoothed.
             seed: Of the cross-validation's folds.
 
         Raises:
-            InputError: If there are fewer than 20 ranks, or one is NaN or outside [0, 1].
+            InputError: If there are fewer than 20 ranks, one is NaN or outside [0, 1], one does not fit `num_ref`, or
+                they take only a few values and `num_ref` is not given.
         """
-        values = np.asarray(ranks, dtype=np.float64).ravel()
+        values = unit_interval(ranks, "from_ranks", "Calibrate the rewards first").ravel()
         if values.size < 20:
             raise InputError(f"{values.size} ranks are too few", where="from_ranks", mend="Give at least 20")
-        if not (values.min() >= 0.0 and values.max() <= 1.0):
-            raise InputError("a rank is NaN or outside [0, 1]", where="from_ranks", mend="Calibrate the rewards first")
+        if num_ref is None:
+            distinct = np.unique(values).size
+            if distinct < 5:
+                raise InputError(
+                    f"the {values.size} ranks take only {distinct} value{'s' if distinct > 1 else ''}",
+                    where="from_ranks",
+                    mend="If they were calibrated with K reference rollouts, give num_ref=K",
+                )
+        else:
+            num_ref = whole_number(num_ref, "num_ref", "from_ranks")
+            doubled = 2.0 * num_ref * values
+            off = np.abs(doubled - np.rint(doubled)) > 1e-6 * num_ref
+            if off.any():
+                raise InputError(
+                    f"a rank of {values[off][0]:.6g} does not come from {num_ref} reference rollouts: "
+                    f"it is no multiple of 1/{2 * num_ref}",
+                    where="from_ranks",
+                    mend="Correct num_ref, or leave it out if the calibrated rewards were smoothed",
+                )
         fold = np.random.default_rng(seed).permutation(values.size) % _FOLDS
         scores: list[float] = []
         degrees = [degree for degree in _DEGREES if degree <= max(values.size // 5, 1)]
@@ -108,7 +129,7 @@ class FittedProcedure(InferenceProcedure):
         """h'(q)."""
         degree = len(self.weights)
         if degree == 1:
-            return np.zeros_like(np.asarray(q, dtype=np.float64))
+            return np.zeros_like(unit_interval(q, "FittedProcedure"))
         return degree * (degree - 1) * _bernstein(np.diff(self.weights), q)
 
     @property
@@ -128,7 +149,7 @@ class FittedProcedure(InferenceProcedure):
             q: Points in [0, 1].
             level: Confidence, between 0 and 1.
         """
-        if not 0.0 < level < 1.0:
+        if isinstance(level, str) or not 0.0 < level < 1.0:
             raise InputError(f"level = {level!r} is not between 0 and 1", where="confidence_band")
         margin = math.sqrt(math.log(2.0 / (1.0 - level)) / (2.0 * self.num_samples))
         centre = self.distortion(q)
@@ -140,7 +161,11 @@ class FittedProcedure(InferenceProcedure):
         Args:
             count: How many.
             seed: Of the samples.
+
+        Raises:
+            InputError: If count is not a whole number of at least 1.
         """
+        count = whole_number(count, "count", "bootstrap")
         rng = np.random.default_rng(seed)
         degree = len(self.weights)
         refits: list[FittedProcedure] = []
@@ -157,9 +182,7 @@ class FittedProcedure(InferenceProcedure):
 
 def _bernstein(coefficients: Array, q: npt.ArrayLike) -> Array:
     """sum_j c_j binom(d, j) q^j (1-q)^(d-j) with d = len(c) - 1."""
-    points = np.asarray(q, dtype=np.float64)
-    if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
-        raise InputError("values outside [0, 1], or NaN", where="FittedProcedure", mend="Give ranks in [0, 1]")
+    points = unit_interval(q, "FittedProcedure")
     degree = coefficients.size - 1
     j = np.arange(degree + 1, dtype=np.float64)
     log_binomials = _special.gammaln(degree + 1.0) - _special.gammaln(j + 1.0) - _special.gammaln(degree - j + 1.0)

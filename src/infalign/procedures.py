@@ -34,6 +34,7 @@ import numpy.typing as npt
 from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
 from infalign.errors import InputError
+from infalign.quadrature import unit_interval
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +74,7 @@ class InferenceProcedure(ABC):
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
         """h'(q), used only to speed the solver of M9 up; by default a central difference of `density`."""
-        points = _unit_interval(q, "density_slope")
+        points = unit_interval(q, "density_slope(q)")
         step = 1e-6
         low, high = np.maximum(points - step, 0.0), np.minimum(points + step, 1.0)
         return (self.density(high) - self.density(low)) / (high - low)
@@ -121,15 +122,15 @@ class Standard(InferenceProcedure):
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = q."""
-        return _unit_interval(q, "distortion").copy()
+        return unit_interval(q, "distortion(q)").copy()
 
     def density(self, q: npt.ArrayLike) -> Array:
         """h(q) = 1."""
-        return np.ones_like(_unit_interval(q, "density"))
+        return np.ones_like(unit_interval(q, "density(q)"))
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
         """h'(q) = 0."""
-        return np.zeros_like(_unit_interval(q, "density_slope"))
+        return np.zeros_like(unit_interval(q, "density_slope(q)"))
 
     @property
     def label(self) -> str:
@@ -156,19 +157,19 @@ class BestOfN(InferenceProcedure):
     n: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", _count(self.n, "n", "BestOfN"))
+        object.__setattr__(self, "n", whole_number(self.n, "n", "BestOfN"))
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = q^n."""
-        return _unit_interval(q, "distortion") ** self.n
+        return unit_interval(q, "distortion(q)") ** self.n
 
     def density(self, q: npt.ArrayLike) -> Array:
         """h(q) = n q^(n-1)."""
-        return self.n * _unit_interval(q, "density") ** (self.n - 1)
+        return self.n * unit_interval(q, "density(q)") ** (self.n - 1)
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
         """h'(q) = n (n-1) q^(n-2)."""
-        return self.n * (self.n - 1) * _unit_interval(q, "density_slope") ** max(self.n - 2, 0)
+        return self.n * (self.n - 1) * unit_interval(q, "density_slope(q)") ** max(self.n - 2, 0)
 
     @property
     def label(self) -> str:
@@ -195,19 +196,19 @@ class WorstOfN(InferenceProcedure):
     n: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", _count(self.n, "n", "WorstOfN"))
+        object.__setattr__(self, "n", whole_number(self.n, "n", "WorstOfN"))
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = 1 - (1-q)^n."""
-        return -np.expm1(_special.xlog1py(float(self.n), -_unit_interval(q, "distortion")))
+        return -np.expm1(_special.xlog1py(float(self.n), -unit_interval(q, "distortion(q)")))
 
     def density(self, q: npt.ArrayLike) -> Array:
         """h(q) = n (1-q)^(n-1)."""
-        return self.n * (1.0 - _unit_interval(q, "density")) ** (self.n - 1)
+        return self.n * (1.0 - unit_interval(q, "density(q)")) ** (self.n - 1)
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
         """h'(q) = -n (n-1) (1-q)^(n-2)."""
-        return -self.n * (self.n - 1) * (1.0 - _unit_interval(q, "density_slope")) ** max(self.n - 2, 0)
+        return -self.n * (self.n - 1) * (1.0 - unit_interval(q, "density_slope(q)")) ** max(self.n - 2, 0)
 
     @property
     def label(self) -> str:
@@ -236,22 +237,22 @@ class OrderStatistic(InferenceProcedure):
     n: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", _count(self.n, "n", "OrderStatistic"))
-        object.__setattr__(self, "k", _count(self.k, "k", "OrderStatistic"))
+        object.__setattr__(self, "n", whole_number(self.n, "n", "OrderStatistic"))
+        object.__setattr__(self, "k", whole_number(self.k, "k", "OrderStatistic"))
         if self.k > self.n:
             raise InputError(f"k = {self.k} is more than n = {self.n}", where="OrderStatistic", mend="Use 1 <= k <= n")
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = I_q(k, n-k+1), the regularised incomplete beta function."""
-        return _special.betainc(float(self.k), float(self.n - self.k + 1), _unit_interval(q, "distortion"))
+        return _special.betainc(float(self.k), float(self.n - self.k + 1), unit_interval(q, "distortion(q)"))
 
     def density(self, q: npt.ArrayLike) -> Array:
         """h(q), the Beta(k, n-k+1) density."""
-        return _beta_density(float(self.k), float(self.n - self.k + 1), _unit_interval(q, "density"))
+        return _beta_density(float(self.k), float(self.n - self.k + 1), unit_interval(q, "density(q)"))
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
         """h'(q) = n (b(k-1) - b(k)), the difference of the Beta densities of the k-1-th and k-th of n-1."""
-        points = _unit_interval(q, "density_slope")
+        points = unit_interval(q, "density_slope(q)")
         slope = np.zeros_like(points)
         if self.k > 1:
             slope += self.n * _beta_density(self.k - 1.0, self.n - self.k + 1.0, points)
@@ -290,10 +291,18 @@ class Mixture(InferenceProcedure):
 
     def __init__(self, parts: Iterable[tuple[float, InferenceProcedure]]) -> None:
         flat: list[tuple[float, InferenceProcedure]] = []
-        for weight, procedure in parts:
+        for part in parts:
+            try:
+                weight, procedure = part
+                weight = float(weight)
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"{part!r} is not a pair", where="Mixture", mend="Give pairs such as (0.5, BestOfN(4))"
+                ) from error
+            check_is_procedure(procedure, "Mixture")
             if not (math.isfinite(weight) and weight > 0):
                 raise InputError(f"weight {weight!r} is not positive", where="Mixture", mend="Leave that part out")
-            flat += [(float(weight * inner), part) for inner, part in procedure.components]
+            flat += [(weight * inner, component) for inner, component in procedure.components]
         total = math.fsum(weight for weight, _ in flat)
         if not flat or abs(total - 1.0) > 1e-6:
             raise InputError(f"the weights sum to {total:g}", where="Mixture", mend="Make them sum to 1")
@@ -349,6 +358,9 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
     Raises:
         InputError: If the kind is unknown or a field is missing, unknown or out of range.
     """
+    given = cast(object, description)  # from a file, it may be anything
+    if not isinstance(given, Mapping):
+        raise InputError(f"{description!r} does not describe a procedure", where="procedure", mend="Give a mapping")
     fields = dict(description)
     kind = fields.pop("kind", None)
     try:
@@ -371,7 +383,9 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
                 return cast(InferenceProcedure, import_module("infalign.fitted_procedure").FittedProcedure(**fields))
             case _:
                 pass
-    except (KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the description of a {kind} procedure does not fit: {error}",
             where="procedure",
@@ -385,7 +399,7 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
 
 
 def check_procedure(procedure: InferenceProcedure) -> None:
-    """Check that a procedure is a distortion: H(0) = 0, H(1) = 1, H increasing, h its derivative.
+    """Check that a procedure is a distortion: H(0) = 0, H(1) = 1, H increasing, h its derivative, any shape of array.
 
     Meant for procedures of your own; the solver calls it for you.
 
@@ -414,7 +428,10 @@ def check_procedure(procedure: InferenceProcedure) -> None:
         raise InputError(f"the distortion decreases near q = {worst:.4g}", where=where, mend="H must be increasing")
     # h against H on every cell: a wrong derivative would silently give a wrong optimum. The cell average of h lies
     # between its least and greatest value there; sampling inside the cell leaves room for a curved h.
-    inner = np.asarray(procedure.density(grid[:-1, None] + np.linspace(0.0, 1.0, 9) / 1024), dtype=np.float64)
+    points = grid[:-1, None] + np.linspace(0.0, 1.0, 9) / 1024
+    inner = np.asarray(procedure.density(points), dtype=np.float64)
+    if inner.shape != points.shape:
+        raise InputError("density does not keep the shape of a matrix", where=where, mend="Use NumPy functions only")
     room = 1e-6 + 0.02 * np.abs(inner).max(axis=1) + (inner.max(axis=1) - inner.min(axis=1))
     gap = np.abs(steps * 1024 - inner.mean(axis=1))
     if (gap > room).any():
@@ -427,16 +444,22 @@ def check_procedure(procedure: InferenceProcedure) -> None:
         )
 
 
-def _unit_interval(q: npt.ArrayLike, name: str) -> Array:
-    """The argument as float64, refused unless every value lies in [0, 1] (NaN is refused too)."""
-    points = np.asarray(q, dtype=np.float64)
-    if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
-        raise InputError("values outside [0, 1], or NaN", where=f"{name}(q)", mend="Give calibrated ranks in [0, 1]")
-    return points
+def check_is_procedure(value: object, where: str) -> None:
+    """Refuse what is not an instance of `InferenceProcedure`, such as a name or a class.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not isinstance(value, InferenceProcedure):
+        raise InputError(f"{value!r} is not a procedure", where=where, mend="Give one, such as infalign.BestOfN(4)")
 
 
-def _count(value: SupportsIndex, name: str, where: str) -> int:
-    """A whole number of at least 1."""
+def whole_number(value: SupportsIndex, name: str, where: str) -> int:
+    """The argument as an int.
+
+    Raises:
+        InputError: If it is not a whole number of at least 1 (True and 4.0 are not).
+    """
     try:
         number = index(value)
     except TypeError as error:
@@ -457,7 +480,7 @@ def _selection_weights(k: int, n: int, m: int, label: str) -> Array:
     Built from the ratio of neighbours, w_{i+1} / w_i = i (m-i-n+k) / ((i-k+1) (m-i)), in logarithms: exact to a few
     units in the last place for any m, where binomial coefficients would overflow.
     """
-    m = _count(m, "m", f"selection_weights of {label}")
+    m = whole_number(m, "m", f"selection_weights of {label}")
     if m < n:
         raise InputError(
             f"{m} samples are fewer than the {n} that {label} draws",

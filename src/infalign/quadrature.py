@@ -122,6 +122,21 @@ class Mesh:
         return at_edges[:-1, None] + scaled @ CUMULATIVE.T, at_edges
 
 
+def unit_interval(values: npt.ArrayLike, where: str, mend: str = "Give calibrated rewards in [0, 1]") -> Array:
+    """An argument as float64, any shape, refused unless every value lies in [0, 1].
+
+    Raises:
+        InputError: If a value is outside [0, 1], NaN or not a real number.
+    """
+    try:
+        points = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"not an array of real numbers ({error})", where=where, mend=mend) from error
+    if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
+        raise InputError("values outside [0, 1], or NaN", where=where, mend=mend)
+    return points
+
+
 def expit(t: Array) -> Array:
     """1 / (1 + exp(-t)) without overflow."""
     small = np.exp(-np.abs(t))
@@ -232,16 +247,18 @@ class Antiderivative:
         coefficients, wanted = self._coefficients[element], flat - self.at_edges[element]
         low, high = np.full(flat.shape, -1.0), np.full(flat.shape, 1.0)
         x = np.zeros(flat.shape)
+        todo = np.arange(flat.size)
         # Newton within a shrinking bracket; a step out of the bracket halves it instead.
         for _ in range(60):
-            value, slope = _integrated_series(coefficients, x)
-            below = value < wanted
-            low, high = np.where(below, x, low), np.where(below, high, x)
-            newton = x - (value - wanted) / np.maximum(slope, 1e-300)
-            following = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
-            settled = np.abs(following - x).max(initial=0.0) < 1e-13
-            x = following
-            if settled:
+            at = x[todo]
+            value, slope = _integrated_series(coefficients[todo], at)
+            below = value < wanted[todo]
+            low[todo], high[todo] = np.where(below, at, low[todo]), np.where(below, high[todo], at)
+            newton = at - (value - wanted[todo]) / np.maximum(slope, 1e-300)
+            inside = (newton > low[todo]) & (newton < high[todo])
+            x[todo] = np.where(inside, newton, 0.5 * (low[todo] + high[todo]))
+            todo = todo[np.abs(x[todo] - at) >= 1e-13]
+            if not todo.size:
                 break
         left, right = self._edges[element], self._edges[element + 1]
         return (0.5 * (left + right) + 0.5 * (right - left) * x).reshape(levels.shape)

@@ -44,14 +44,8 @@ class RewardTransform(ABC):
         Raises:
             InputError: If a value is NaN or outside [0, 1].
         """
-        points = np.asarray(u, dtype=np.float64)
-        if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
-            raise InputError(
-                "values outside [0, 1], or NaN",
-                where=f"transform {self.label!r}",
-                mend="Give calibrated rewards (RewardCalibrator.calibrate)",
-            )
-        return self._value(points)
+        mend = "Give calibrated rewards (RewardCalibrator.calibrate)"
+        return self._value(quadrature.unit_interval(u, f"transform {self.label!r}", mend))
 
     @abstractmethod
     def _value(self, u: Array) -> Array:
@@ -97,13 +91,18 @@ class RewardTransform(ABC):
             about: JSON-ready notes stored beside it, such as the β it was made for; `load` ignores them.
 
         Raises:
+            InputError: If the notes are not JSON-ready.
             StorageError: If the file cannot be written.
         """
         content: dict[str, Any] = {"format": _FORMAT, "version": 1, "transform": self.to_dict()}
         if about:
             content["about"] = dict(about)
         try:
-            Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the notes are not JSON-ready ({error})", where=str(path)) from error
+        try:
+            Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write the transform ({error.strerror})", where=str(path)) from error
 
@@ -128,7 +127,10 @@ class RewardTransform(ABC):
         fields = cast(dict[str, Any], content)
         if fields.get("version") != 1 or "transform" not in fields:
             raise InputError(f"unknown version {fields.get('version')!r} of the transform file", where=str(path))
-        return transform_from_dict(fields["transform"])
+        try:
+            return transform_from_dict(fields["transform"])
+        except InputError as error:
+            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,12 @@ class Exponential(RewardTransform):
     t: float
 
     def __post_init__(self) -> None:
-        t = float(self.t)
+        try:
+            t = math.nan if isinstance(self.t, str) else float(self.t)
+        except (TypeError, ValueError):
+            t = math.nan
         if not math.isfinite(t):
-            raise InputError(f"t = {self.t!r} is not finite", where="Exponential")
+            raise InputError(f"t = {self.t!r} is not a finite number", where="Exponential")
         object.__setattr__(self, "t", t)
 
     def _value(self, u: Array) -> Array:
@@ -215,6 +220,7 @@ class Exponential(RewardTransform):
         return {"kind": "exponential", "t": self.t}
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Tabulated(RewardTransform):
     """Φ through given points, monotone in between.
 
@@ -231,12 +237,18 @@ class Tabulated(RewardTransform):
         InputError: If the points do not describe an increasing function on [0, 1].
     """
 
+    u: Array
+    value: Array
+    slope: Array | None
+    name: str
+
     def __init__(
         self, u: npt.ArrayLike, value: npt.ArrayLike, slope: npt.ArrayLike | None = None, *, name: str = "tabulated"
     ) -> None:
-        self.u, self.value = _frozen(u), _frozen(value)
-        self.slope = None if slope is None else _frozen(slope)
-        self._name = name
+        object.__setattr__(self, "u", _frozen(u))
+        object.__setattr__(self, "value", _frozen(value))
+        object.__setattr__(self, "slope", None if slope is None else _frozen(slope))
+        object.__setattr__(self, "name", str(name))
         columns = [self.u, self.value] + ([] if self.slope is None else [self.slope])
         if self.u.ndim != 1 or self.u.size < 2 or any(column.shape != self.u.shape for column in columns):
             raise InputError("u, value and slope must be vectors of one length, at least 2", where="Tabulated")
@@ -274,7 +286,7 @@ class Tabulated(RewardTransform):
     @property
     def label(self) -> str:
         """The name in tables."""
-        return self._name
+        return self.name
 
     @property
     def knots(self) -> Array:
@@ -285,7 +297,7 @@ class Tabulated(RewardTransform):
         """See the base class."""
         content: dict[str, Any] = {
             "kind": "tabulated",
-            "name": self._name,
+            "name": self.name,
             "u": self.u.tolist(),
             "value": self.value.tolist(),
         }
@@ -303,7 +315,7 @@ class Tabulated(RewardTransform):
         return hash(self._key())
 
     def __repr__(self) -> str:
-        return f"Tabulated({self._name!r}, {self.u.size} points, from {self.value[0]:.6g} to {self.value[-1]:.6g})"
+        return f"Tabulated({self.name!r}, {self.u.size} points, from {self.value[0]:.6g} to {self.value[-1]:.6g})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: item for name, item in self.__dict__.items() if name != "_interpolant"}
@@ -319,6 +331,9 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
     Raises:
         InputError: If the kind is unknown or a field is missing, unknown or out of range.
     """
+    given = cast(object, description)  # from a file, it may be anything
+    if not isinstance(given, Mapping):
+        raise InputError(f"{description!r} does not describe a transform", where="transform", mend="Give a mapping")
     fields = dict(description)
     kind = fields.pop("kind", None)
     kinds: dict[str, Callable[..., RewardTransform]] = {
@@ -327,7 +342,7 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
         "exponential": Exponential,
         "tabulated": Tabulated,
     }
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"unknown transform kind {kind!r}", where="transform", mend=f"Use one of {', '.join(kinds)}")
     try:
         return kinds[kind](**fields)
@@ -341,17 +356,37 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
         ) from error
 
 
+def check_is_transform(value: object, where: str) -> None:
+    """Refuse what is not an instance of `RewardTransform`, such as a name or a class.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not isinstance(value, RewardTransform):
+        raise InputError(f"{value!r} is not a transform", where=where, mend="Give one, such as infalign.Identity()")
+
+
 def positive_beta(beta: float) -> float:
     """The KL coefficient as a float.
 
     Raises:
         InputError: If it is not a positive finite number.
     """
-    number = float(beta)
+    return positive_number(beta, "beta", "Use a KL coefficient above 0")
+
+
+def positive_number(value: float, where: str, mend: str) -> float:
+    """The argument as a float.
+
+    Raises:
+        InputError: If it is not a positive finite number (text is not a number).
+    """
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
     if not (math.isfinite(number) and number > 0):
-        raise InputError(
-            f"beta = {beta!r} is not a positive finite number", where="beta", mend="Use a KL coefficient above 0"
-        )
+        raise InputError(f"{where} = {value!r} is not a positive finite number", where=where, mend=mend)
     return number
 
 
@@ -362,6 +397,9 @@ def rounding(top: float) -> float:
 
 def _frozen(values: npt.ArrayLike) -> Array:
     """A read-only float64 copy."""
-    array = np.array(values, dtype=np.float64)
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"not an array of real numbers ({error})", where="Tabulated") from error
     array.flags.writeable = False
     return array

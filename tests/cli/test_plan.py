@@ -44,6 +44,19 @@ def test_the_table_names_every_choice_and_the_price_of_few_rollouts(plan):
         assert text in result.stdout
 
 
+def test_eighty_columns_hold_every_number(plan, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    also = [part for other in ("standard", "best-of-8", "worst-of-4") for part in ("--also", other)]
+    result = plan("best-of-64", "--kl", 0.25, "--num-ref", 64, *also)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
+    made = ia.plan(ia.BestOfN(64), kl_budget=0.25, others=[ia.WorstOfN(4)])
+    for option in (made.best, *made.alternatives):
+        assert f"{option.win_rate:.4f}" in result.stdout
+        assert f"{option.other_win_rates['Worst-of-4']:.4f}" in result.stdout
+    assert f"{made.frontier.at(0.125):.4f}" in result.stdout
+
+
 def test_the_saved_transform_is_the_plans(plan, tmp_path):
     path = tmp_path / "transform.json"
     plan("best-of-4", "--kl", 0.5, "--save", path, "--json")
@@ -84,6 +97,9 @@ def test_an_opponent_and_a_file(plan, tmp_path):
         (["best-of-4", "--beta", -1], "beta"),
         (["best-of-4", "--kl", 0], "positive"),
         (["worst-of-64", "--kl", 5], "out of reach"),
+        (["best-of-4", "--kl", 1, "--save", "one.svg", "--plot", "one.svg"], "both name"),
+        (["best-of-4", "--kl", 8, "--num-ref", 32], "cannot spend"),
+        (["best-of-99999999999999999999", "--kl", 1], "more responses than can be resolved"),
         (["best-of-4", "--kl", 0.5, "--num-ref", 0], "num_ref"),
         (["best-of-4", "--kl", 0.5, "--plot", "plan.pdf"], r"\.png, \.svg or \.html"),
     ],
@@ -97,9 +113,14 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ia.StorageError, match="missing"):
         parse_procedure(str(tmp_path / "missing.json"))
     path = tmp_path / "other.json"
-    for content, message in [("[1]", "description"), ("{", "JSON"), ('{"kind": "beam"}', "unknown procedure kind")]:
+    for content, message in [
+        ("[1]", "does not describe"),
+        ("{", "JSON"),
+        ('{"kind": "beam"}', "unknown procedure kind"),
+        ('{"format": "infalign.transform"}', "a transform, not a procedure"),
+    ]:
         path.write_text(content)
-        with pytest.raises(ia.InputError, match=message):
+        with pytest.raises(ia.InputError, match=rf"other\.json.*{message}"):
             parse_procedure(str(path))
 
 

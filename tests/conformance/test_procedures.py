@@ -102,10 +102,10 @@ def test_survives_json(procedure):
 
 
 @every_built_in
-@pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan, [0.5, np.nan]])
+@pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan, [0.5, np.nan], "half", 0.5j])
 def test_refuses_values_outside_the_unit_interval(procedure, bad):
-    for method in (procedure.distortion, procedure.density):
-        with pytest.raises(ia.InputError, match="outside"):
+    for method in (procedure.distortion, procedure.density, procedure.density_slope):
+        with pytest.raises(ia.InputError, match=r"outside|real numbers"):
             method(bad)
 
 

@@ -62,7 +62,22 @@ def test_tends_to_the_transform_for_many_references():
     assert np.abs(tilt - transform((inner + 1) / (num_ref + 2))).max() < 2e-3
 
 
-@pytest.mark.parametrize("num_ref", [0, -3, 2.5, True])
+@pytest.mark.parametrize("transform", [ia.Identity(), TRANSFORMS[-1]], ids=lambda transform: transform.label)
+def test_many_references_are_no_trouble(transform):
+    tilt, beta, num_ref = ia.rank_conditional_tilt(transform, 0.1, 20_000), 0.1, 20_000
+    assert logsumexp(tilt / beta) - np.log(num_ref + 1) == pytest.approx(transform.log_partition(beta), abs=1e-9)
+    b = 12_345  # the posterior by Gauss-Hermite in its normal approximation's width
+    mean, _ = integrate.quad(
+        lambda u: stats.beta.pdf(u, b + 1, num_ref - b + 1) * np.exp(transform(u) / beta),
+        0.58,
+        0.66,
+        epsabs=0,
+        limit=200,
+    )
+    assert tilt[b] == pytest.approx(beta * np.log(mean), abs=1e-9)
+
+
+@pytest.mark.parametrize("num_ref", [0, -3, 2.5, True, "8", None, np.nan])
 def test_refuses_what_is_no_number_of_references(num_ref):
     with pytest.raises(ia.InputError, match="num_ref"):
         ia.rank_conditional_tilt(ia.Identity(), 0.1, num_ref)
@@ -130,5 +145,15 @@ def test_the_prediction_agrees_with_playing_it_out():
 
 
 def test_too_few_references_for_the_budget_are_refused():
-    with pytest.raises(ia.InputError, match="cannot spend"):
-        finite_k_prediction(optimum_at_kl(ia.BestOfN(4), 4.0), 3)
+    for kl, num_ref in ((4.0, 3), (8.0, 32)):
+        with pytest.raises(ia.InputError, match="cannot spend"):
+            finite_k_prediction(optimum_at_kl(ia.BestOfN(4), kl), num_ref)
+
+
+def test_a_simulation_needs_prompts_and_something_to_see():
+    best = ia.optimal_transform(ia.BestOfN(4), 0.3)
+    for prompts in (0, 1, -1, 2.5):
+        with pytest.raises(ia.InputError, match="num_prompts"):
+            finite_k_prediction(best, 8, num_prompts=prompts)
+    with pytest.raises(ia.InputError, match="too little to be simulated"):
+        finite_k_prediction(best, 1_000_000)

@@ -236,6 +236,31 @@ def test_the_kl_of_worst_of_n_grows_by_log_beta_over_n():
         assert gap == pytest.approx(np.log(100) / n, abs=1e-8)
 
 
+@pytest.mark.parametrize("beta", [10.0, 0.3, 1e-3])
+@pytest.mark.parametrize(
+    "procedure",
+    [ia.BestOfN(4), ia.WorstOfN(64), ia.WorstOfN(1000), ia.OrderStatistic(k=5, n=9), PROCEDURES[-2], FITTED],
+    ids=lambda p: p.label,
+)
+def test_against_one_sample_the_density_is_affine_in_the_distortion(procedure, beta):
+    """docs/theory.md: f = f(0) + H(F)/β exactly, whatever the procedure."""
+    best = ia.optimal_transform(procedure, beta, opponent=ia.Standard())
+    assert best.unique
+    assert best.residual < 1e-8
+    solution = best.solution
+    closed = (
+        np.exp(-best.log_partition)
+        + sum(weight * part.distortion(solution.cdf) for weight, part in procedure.components) / beta
+    )
+    np.testing.assert_allclose(solution.density, closed, rtol=1e-6, atol=1e-6 * closed.max())
+
+
+def test_worst_of_10000_against_one_sample_is_solved_too():
+    best = ia.optimal_transform(ia.WorstOfN(10_000), 1e-3, opponent=ia.Standard())
+    assert best.win_rate == pytest.approx(1 - 1e-3, abs=1e-10)  # f(0) is exp(-1e7)
+    assert best.residual < 1e-8
+
+
 def test_an_opponent_changes_the_game():
     best = ia.optimal_transform(ia.BestOfN(4), 0.1, opponent=ia.Standard())
     assert best.win_rate == pytest.approx(best.tilt.win_rate(ia.BestOfN(4), ia.Standard()), abs=1e-11)

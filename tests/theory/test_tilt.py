@@ -102,6 +102,18 @@ def test_quantile_inverts_cdf_everywhere():
     np.testing.assert_allclose(tilt.cdf(tilt.quantile(p)), p, atol=1e-12)
 
 
+@pytest.mark.parametrize("transform", ["identity", ia.Identity, None])
+def test_refuses_what_is_no_transform(transform):
+    with pytest.raises(ia.InputError, match="not a transform"):
+        ia.TiltedPolicy(transform, 0.1)
+
+
+def test_the_kl_of_the_reference_itself_is_not_negative():
+    for beta in (1e8, 1e12, 1e300):
+        assert 0 <= ia.TiltedPolicy(ia.Identity(), beta).kl < 1e-15
+        assert 0 <= ia.optimal_transform(ia.WorstOfN(4), beta).kl < 1e-15
+
+
 def test_a_tilt_survives_pickling():
     tilt = ia.optimal_transform(ia.BestOfN(4), 0.2).tilt
     assert pickle.loads(pickle.dumps(tilt)).kl == pytest.approx(tilt.kl, abs=1e-8)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from infalign.errors import InputError, StorageError
 from infalign.procedures import (
@@ -20,6 +22,9 @@ from infalign.procedures import (
     WorstOfN,
     procedure_from_dict,
 )
+
+if TYPE_CHECKING:
+    from infalign.theory.plan import Plan
 
 _KINDS = (
     "standard, best-of-n, worst-of-n, order-statistic, names such as best-of-4, worst-of-8 or 3-of-5, or a JSON file"
@@ -55,6 +60,8 @@ def plan_command(
         from infalign.report.theory_figures import check_ending
 
         check_ending(plot)  # before the work, not after it
+        if save is not None and save.resolve() == plot.resolve():
+            raise InputError(f"--save and --plot both name {str(plot)!r}", where="plan", mend="Give two files")
     chosen = parse_procedure(procedure, n, k)
     result = plan(
         chosen,
@@ -122,35 +129,46 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
             raise StorageError(f"cannot read the procedure ({error.strerror})", where=str(path)) from error
         except ValueError as error:
             raise InputError(f"not a JSON file ({error})", where=str(path)) from error
-        if not isinstance(description, dict):
-            raise InputError("not the description of a procedure", where=str(path))
-        return procedure_from_dict(description)
+        if isinstance(description, dict) and description.get("format") == "infalign.transform":
+            raise InputError("this is a transform, not a procedure", where=str(path), mend="Use it in a recipe")
+        try:
+            return procedure_from_dict(description)
+        except InputError as error:
+            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
     raise InputError(f"unknown procedure {text!r}", where="procedure", mend=f"Use one of {_KINDS}")
 
 
-def _print(result: Any) -> None:
-    """The plan as a readable table on stdout."""
+def _print(result: Plan) -> None:
+    """The plan as readable tables on stdout, in 80 columns."""
     console = Console(highlight=False)
     label, best = result.procedure.label, result.best
     against = label if result.opponent is None else result.opponent.label
-    console.print(
-        f"{label} on the aligned model against {against} on the reference, KL {best.kl:.4f} nats", markup=False
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    others = list(best.other_win_rates)
-    for title in ("transform", "beta", "win rate", "lost", "standard", *others):
-        table.add_column(title, justify="left" if title == "transform" else "right", no_wrap=title == "transform")
-    table.add_column("what it is")
-    for option in (best, *result.alternatives):
+    console.print(f"{label} on the aligned model against {against} on the reference", markup=False)
+    console.print(f"Spend {best.kl:.4f} nats of KL on the optimal transform with beta {best.beta:.5g}", markup=False)
+    options = (best, *result.alternatives)
+    rows: list[list[str]] = []
+    for option in options:
         lost = "" if option is best else f"{100 * (best.win_rate - option.win_rate):.2f} pt"
         cells = [option.label, f"{option.beta:.5g}", f"{option.win_rate:.4f}", lost, f"{option.standard_win_rate:.4f}"]
-        cells += [f"{option.other_win_rates[other]:.4f}" for other in others]
-        table.add_row(*cells, option.note, style="bold" if option is best else None)
-    console.print(table)
+        rows.append([*cells, option.note])
+    _print_table(console, ("transform", "beta", "win rate", "lost", "standard", "what it is"), rows)
+    if best.other_win_rates:
+        console.print("\nUnder other procedures, each against itself:")
+        others = list(best.other_win_rates)
+        _print_table(
+            console,
+            ("procedure", *(option.label.removeprefix("exponential, ") for option in options)),
+            [[other, *(f"{option.other_win_rates[other]:.4f}" for option in options)] for other in others],
+        )
     for name, reason in result.left_out.items():
         console.print(f"{name} is left out: {reason}", markup=False)
+    console.print("\nThe limit at other KLs:")
+    curve = result.frontier
+    kls = [share * best.kl for share in (0.125, 0.25, 0.5, 1.0, 1.5, 2.0) if share * best.kl <= curve.kl[-1]]
+    rates = [f"{rate:.4f}" for rate in curve.at(kls)]
+    _print_table(console, ("KL, nats", *(f"{kl:.4g}" for kl in kls)), [["win rate", *rates]])
     if result.finite_k:
-        console.print("\nWith K reference rollouts per prompt, at the same KL (simulated; ± is the standard error):")
+        console.print("\nWith K reference rollouts per prompt, same KL (simulated ± standard error):")
         for prediction in result.finite_k:
             console.print(
                 f"  K = {prediction.num_ref:<5d} win rate {prediction.win_rate:.4f} ± "
@@ -158,3 +176,14 @@ def _print(result: Any) -> None:
                 f"beta {prediction.beta:.5g}",
                 markup=False,
             )
+
+
+def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Numbers are never cut short: only the notes in a column "what it is" wrap."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        first, note = title == titles[0], title == "what it is"
+        table.add_column(Text(title), justify="left" if first or note else "right", no_wrap=not note)
+    for index, row in enumerate(rows):
+        table.add_row(*(Text(cell) for cell in row), style="bold" if index == 0 and titles[0] == "transform" else None)
+    console.print(table)

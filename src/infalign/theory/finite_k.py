@@ -16,10 +16,11 @@ import numpy.typing as npt
 from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
 from infalign.errors import InputError
+from infalign.procedures import whole_number
 from infalign.quadrature import adapt, expit, mesh_with_knots
 from infalign.theory.optimal import OptimalTransform
 from infalign.theory.winrate import Objective
-from infalign.transforms import Log, RewardTransform, positive_beta
+from infalign.transforms import Log, RewardTransform, check_is_transform, positive_beta, rounding
 
 Array = npt.NDArray[np.float64]
 
@@ -33,8 +34,17 @@ class _Special(Protocol):
 
 _special = cast(_Special, _scipy_special)
 
+_NEGLIGIBLE = 1e-17
+"""Share of an integral that is left out at either end."""
+
 _CHUNK = 4_000_000
 """Largest number of array entries held at once."""
+
+_ROWS = 128
+"""Ranks whose posteriors are integrated together, over the nodes that one of them needs."""
+
+_MOST_SIMULATED = 5_000
+"""Largest K that is simulated: with more, what is lost is far below the error of the simulation."""
 
 _PIECE_NODES = 6
 """Gauss nodes between two neighbouring reference rewards: exact for Best-of-N up to N = 6, and pieces are short."""
@@ -56,26 +66,39 @@ def rank_conditional_tilt(transform: RewardTransform, beta: float, num_ref: int)
     Raises:
         InputError: If beta is not positive or num_ref is less than 1.
     """
+    check_is_transform(transform, "rank_conditional_tilt")
     beta = positive_beta(beta)
-    num_ref = _positive_count(num_ref)
+    num_ref = check_num_ref(num_ref)
     ranks = np.arange(num_ref + 1, dtype=np.float64)
     normalisers = _special.betaln(ranks + 1.0, num_ref - ranks + 1.0)
     if isinstance(transform, Log):
         # E[U^(1/β)] is a ratio of Beta functions.
         return beta * (_special.betaln(ranks + 1.0 + 1.0 / beta, num_ref - ranks + 1.0) - normalisers)
     # A posterior is about 2/sqrt(K) wide in the logit coordinate; the tilt may move and sharpen its peak.
-    spacing = min(2.0, max(6.0 / math.sqrt(num_ref + 1.0 / beta), 0.05))
+    spacing = min(2.0, max(6.0 / math.sqrt(num_ref + 1.0 / beta), 0.005))
     top = float(transform(1.0)) / beta
-    mesh, _ = adapt(lambda mesh: np.exp(transform(mesh.u) / beta - top), mesh_with_knots(transform.knots, spacing))
+    start = mesh_with_knots(transform.knots, spacing)
+    mesh, _ = adapt(lambda mesh: np.exp(transform(mesh.u) / beta - top), start, rounding(top))
     with np.errstate(divide="ignore"):
         log_weights = np.log(mesh.weights).ravel() + transform(mesh.u).ravel() / beta - top
     log_u, log_v = np.log(expit(mesh.t)).ravel(), np.log(expit(-mesh.t)).ravel()
-    rows = max(_CHUNK // log_u.size, 1)
+    rows = min(max(_CHUNK // log_u.size, 1), _ROWS)
     parts: list[Array] = []
     for first in range(0, num_ref + 1, rows):
         b = ranks[first : first + rows, None]
-        parts.append(_special.logsumexp(log_weights + b * log_u + (num_ref - b) * log_v, axis=1))
+        # The integrands move to the right as b grows (their likelihood ratio is a power of u / (1 - u)): between where
+        # the first begins and the last ends lies what the ones between them need.
+        from_left, from_right = (log_weights + b[row, 0] * log_u + (num_ref - b[row, 0]) * log_v for row in (0, -1))
+        low = int(np.searchsorted(np.cumsum(_normalised(from_left)), _NEGLIGIBLE))
+        high = log_u.size - int(np.searchsorted(np.cumsum(_normalised(from_right)[::-1]), _NEGLIGIBLE))
+        near = slice(low, high)
+        parts.append(_special.logsumexp(log_weights[near] + b * log_u[near] + (num_ref - b) * log_v[near], axis=1))
     return np.maximum.accumulate(beta * (np.concatenate(parts) - normalisers + top))
+
+
+def _normalised(logs: Array) -> Array:
+    weights = np.exp(logs - logs.max())
+    return weights / weights.sum()
 
 
 def tilt_at_ranks(
@@ -162,13 +185,21 @@ def finite_k_prediction(
         optimum: The optimal transform with infinitely many rollouts.
         num_ref: K.
         match_kl: Choose β anew so that the expected KL is the optimum's; otherwise keep the optimum's β.
-        num_prompts: Prompts to simulate; by default 200,000/(K+1), between 200 and 4,000.
+        num_prompts: Prompts to simulate, at least 2; by default 200,000/(K+1), between 200 and 4,000.
         seed: Of the simulation.
 
     Raises:
-        InputError: If K rollouts cannot spend that KL.
+        InputError: If K rollouts cannot spend that KL, or K is above 5,000, where the loss is too small.
     """
-    num_ref = _positive_count(num_ref)
+    num_ref = check_num_ref(num_ref)
+    if num_ref > _MOST_SIMULATED:
+        raise InputError(
+            f"what {num_ref} rollouts lose is too little to be simulated",
+            where="num_ref",
+            mend=f"Ask for at most {_MOST_SIMULATED}; the loss falls about as 1/K",
+        )
+    if num_prompts is not None and whole_number(num_prompts, "num_prompts", "finite_k_prediction") < 2:
+        raise InputError("one prompt shows no simulation error", where="num_prompts", mend="Use at least 2")
     prompts = num_prompts or int(np.clip(200_000 // (num_ref + 1), 200, 4000))
     gaps_PK = np.random.default_rng(seed).standard_exponential((prompts, num_ref + 1))
     gaps_PK /= gaps_PK.sum(axis=1, keepdims=True)
@@ -202,18 +233,25 @@ def _matched_beta(optimum: OptimalTransform, num_ref: int, gaps_PK: Array) -> fl
         logs = rank_conditional_tilt(optimum.transform, beta, num_ref) / beta
         return float(_kls(_heights(logs, gaps_PK), gaps_PK).mean()) / optimum.kl - 1.0
 
+    # However large the reward of the highest rank, no more than its share of the reference can be spent.
+    top = np.full(num_ref + 1, -1e300)
+    top[-1] = 0.0
+    most = float(_kls(_heights(top, gaps_PK), gaps_PK).mean())
+    if optimum.kl >= 0.999 * most:
+        raise InputError(
+            f"{num_ref} reference rollouts per prompt cannot spend {optimum.kl:.4g} nats, only about {most:.3g}",
+            where="num_ref",
+            mend="Use more rollouts or a smaller KL",
+        )
     high = math.log(optimum.beta)
     while gap(high) > 0:
         high += 0.25
     low = high
     while gap(low) < 0:
         low -= 0.5
-        if low < math.log(optimum.beta) - 6.0:
-            top = np.full(num_ref + 1, -1e300)
-            top[-1] = 0.0
-            most = float(_kls(_heights(top, gaps_PK), gaps_PK).mean())
+        if low < math.log(optimum.beta) - 12.0:
             raise InputError(
-                f"{num_ref} reference rollouts per prompt cannot spend {optimum.kl:.4g} nats, only about {most:.3g}",
+                f"{num_ref} reference rollouts per prompt hardly spend {optimum.kl:.4g} nats",
                 where="num_ref",
                 mend="Use more rollouts or a smaller KL",
             )
@@ -248,7 +286,10 @@ def _win_rates(objective: Objective, heights_PK: Array, gaps_PK: Array) -> Array
     return 1.0 - loss
 
 
-def _positive_count(num_ref: int) -> int:
-    if isinstance(num_ref, bool) or int(num_ref) != num_ref or num_ref < 1:
-        raise InputError(f"num_ref = {num_ref!r} is not a whole number of at least 1", where="num_ref")
-    return int(num_ref)
+def check_num_ref(num_ref: int) -> int:
+    """K as an int.
+
+    Raises:
+        InputError: If it is not a whole number of at least 1.
+    """
+    return whole_number(num_ref, "num_ref", "num_ref")

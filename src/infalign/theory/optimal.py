@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard, WorstOfN
 from infalign.quadrature import Antiderivative, Mesh, expit, logit
 from infalign.theory.solver import Solution, solve
@@ -16,6 +17,9 @@ from infalign.theory.winrate import Objective
 from infalign.transforms import Identity, RewardTransform, Tabulated, positive_beta
 
 Array = npt.NDArray[np.float64]
+
+SMALLEST_BETA = 1e-7
+"""Below it, rounding of R spoils R/β."""
 
 _TABLE_T = 36.0
 """The table's points lie at least expit(-36) = 2e-16 from both ends: closer points are not float64 numbers below 1."""
@@ -70,7 +74,7 @@ class OptimalTransform:
         scaling = len(objective.terms) == 1 and all(
             isinstance(side, WorstOfN | Standard) for _, *sides in objective.terms for side in sides
         )
-        return scaling or objective.concave
+        return scaling or objective.concave or objective.against_one_sample
 
     @cached_property
     def transform(self) -> RewardTransform:
@@ -120,9 +124,13 @@ def optimal_transform(
         The transform, the policy it leads to, its KL and its win rates.
 
     Raises:
-        InputError: If beta is not positive, the procedure is not a distortion, or no solution is found.
+        InputError: If beta is not positive or below 1e-7, the procedure is not a distortion, or no solution is found.
     """
     beta = positive_beta(beta)
+    if beta < SMALLEST_BETA:
+        raise InputError(
+            f"beta = {beta:g} is too small to be resolved", where="beta", mend=f"Use {SMALLEST_BETA:g} or more"
+        )
     return OptimalTransform(procedure, opponent, beta, solve(Objective.of(procedure, opponent), beta))
 
 

@@ -11,6 +11,7 @@ solved element by element (collocation) and across elements by a banded system; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.quadrature import CUMULATIVE, ORDER, WEIGHTS, Antiderivative, Mesh, adapt, mesh_with_knots
+from infalign.quadrature import CUMULATIVE, ORDER, WEIGHTS, Antiderivative, Mesh, adapt, expit, mesh_with_knots
 from infalign.theory.winrate import Objective
 
 Array = npt.NDArray[np.float64]
@@ -87,7 +88,9 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
     Raises:
         InputError: If no solution is found: h jumps, or β is below about 1e-7.
     """
-    if start is None:
+    if objective.against_one_sample and not objective.concave:
+        found = _solve_from(objective, beta, *_against_one_sample(objective, beta))
+    elif start is None:
         found = _solve_from(objective, beta, _first_mesh(objective), lambda mesh: mesh.u)
     else:
         found = _solve_from(objective, beta, start.mesh, _cdf_function(start.mesh, start.density))
@@ -97,13 +100,50 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
     return _follow(objective, beta)
 
 
+def _against_one_sample(objective: Objective, beta: float) -> tuple[Mesh, Callable[[Mesh], Array]]:
+    """The closed form of M9 where h0 = 1, as a start: f' = h(F) f/β, so f = f(0) + H(F)/β and du = dF/f.
+
+    f(0) is the one number with ∫ dF/f = 1. Where it is below 1e-20 (Worst-of-N at a small β), u is measured from 1.
+    """
+    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    scipy_optimize: Any = optimize
+
+    def inverse_density(lowest: float) -> Callable[[Mesh], Array]:
+        return lambda mesh: 1.0 / (lowest + objective.weighted_distortion(mesh.u) / beta)
+
+    def excess(log_lowest: float) -> float:
+        return adapt(inverse_density(math.exp(log_lowest)), mesh_with_knots(), 1e-10)[1] - 1.0
+
+    least = -46.0
+    root = least if excess(least) <= 0 else scipy_optimize.brentq(excess, least, 1e-9, xtol=1e-8)
+    mesh, total = adapt(inverse_density(math.exp(root)), mesh_with_knots())
+    rank = Antiderivative(mesh, inverse_density(math.exp(root))(mesh))
+
+    def cdf(mesh: Mesh) -> Array:
+        below = total - expit(-mesh.t)
+        return np.where(below > 0, expit(rank.inverse(np.clip(below, 0.0, total))), 0.0)
+
+    fine, _ = adapt(  # R/β is what must be resolved
+        lambda mesh: objective.reward_slope(cdf(mesh), objective.opponent_densities(mesh.u)),
+        _first_mesh(objective),
+        min(1e-8, max(1e-8 * beta, 1e-13)),
+    )
+    return fine, cdf
+
+
 def _follow(objective: Objective, beta: float) -> Solution:
     """Continuation in β from where the problem is easy."""
     mesh = _first_mesh(objective)
-    # Where β exceeds the range of R at the reference, the solution is close to the reference.
-    span = mesh.integral(objective.reward_slope(mesh.u, objective.opponent_densities(mesh.u)))
-    current = max(span, beta)
-    found = _solve_from(objective, current, mesh, lambda mesh: mesh.u)
+    # Where β exceeds the range of R, the solution is close to the reference. R at the reference is a first guess of
+    # that range: an opponent weaker than the procedure lets R grow far beyond it.
+    current = max(mesh.integral(objective.reward_slope(mesh.u, objective.opponent_densities(mesh.u))), beta)
+    found = None
+    for _ in range(8):
+        found = _solve_from(objective, current, mesh, lambda mesh: mesh.u)
+        if found is not None:
+            break
+        current *= 10.0
     factor = 10.0
     while found is not None and current > beta:
         target = max(current / factor, beta)
@@ -119,7 +159,7 @@ def _follow(objective: Objective, beta: float) -> Solution:
         raise InputError(
             f"no optimal transform was found for beta = {beta:g}",
             where="optimal_transform",
-            mend="Use a larger beta; a procedure whose density h jumps must be smoothed first",
+            mend="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
         )
     return found
 
@@ -149,6 +189,12 @@ def _image(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array]
     weight = np.exp(np.minimum(reward - edges[-1], 0.0) / beta)
     mass, mass_edges = mesh.cumulative(weight)
     total = float(mass_edges[-1])
+    if not total > 0.0:
+        raise InputError(
+            f"for beta = {beta:g} all mass is closer to an end point than numbers can resolve",
+            where="optimal_transform",
+            mend="Use a larger beta",
+        )
     image = np.clip(mass / total, 0.0, 1.0)
     return _Image(
         slope=slope,
@@ -298,6 +344,6 @@ def _finish(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array
         density=density,
         cdf=image.cdf,
         log_partition=image.log_partition,
-        kl=kl,
+        kl=max(kl, 0.0),  # rounding alone can make it negative, where the policy is the reference
         win_rate=1.0 - mesh.integral(objective.loss_density(image.cdf, opponents)),
     )

@@ -12,11 +12,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
-from infalign.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots
+from infalign.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots, unit_interval
 from infalign.theory.winrate import Objective
-from infalign.transforms import RewardTransform, positive_beta, rounding
+from infalign.transforms import RewardTransform, check_is_transform, positive_beta, rounding
 
 Array = npt.NDArray[np.float64]
 
@@ -31,10 +30,11 @@ class TiltedPolicy:
         beta: KL coefficient, in units of Φ per nat.
 
     Raises:
-        InputError: If beta is not a positive number.
+        InputError: If beta is not a positive number, or the transform is not one.
     """
 
     def __init__(self, transform: RewardTransform, beta: float) -> None:
+        check_is_transform(transform, "TiltedPolicy")
         self.transform = transform
         self.beta = positive_beta(beta)
         self._known: tuple[Callable[[Mesh], Array], Mesh] | None = None
@@ -90,7 +90,7 @@ class TiltedPolicy:
         """KL(π‖p) = ∫ f log f du, in nats per response."""
         mesh, log_density, _ = self._shape
         # f log f - f + 1 >= 0 has the same integral and loses nothing to cancellation when the KL is tiny.
-        return mesh.integral(_times_exp(log_density) - np.exp(log_density) + 1.0)
+        return max(mesh.integral(_times_exp(log_density) - np.exp(log_density) + 1.0), 0.0)
 
     def density(self, u: npt.ArrayLike) -> Array:
         """f(u) = exp(Φ(u)/β)/Z.
@@ -106,9 +106,7 @@ class TiltedPolicy:
         Args:
             u: Ranks in [0, 1], any shape.
         """
-        points = np.asarray(u, dtype=np.float64)
-        if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
-            raise InputError("values outside [0, 1], or NaN", where="TiltedPolicy.cdf(u)")
+        points = unit_interval(u, "TiltedPolicy.cdf(u)")
         inside = self._cdf_at(logit(points))
         return np.where(points <= 0.0, 0.0, np.where(points >= 1.0, 1.0, inside))
 
@@ -118,9 +116,7 @@ class TiltedPolicy:
         Args:
             p: Probabilities in [0, 1], any shape.
         """
-        probabilities = np.asarray(p, dtype=np.float64)
-        if probabilities.size and not (probabilities.min() >= 0.0 and probabilities.max() <= 1.0):
-            raise InputError("values outside [0, 1], or NaN", where="TiltedPolicy.quantile(p)")
+        probabilities = unit_interval(p, "TiltedPolicy.quantile(p)", "Give probabilities in [0, 1]")
         cumulative = self._cumulative
         u = expit(cumulative.inverse(probabilities * cumulative.at_edges[-1]))
         return np.where(probabilities <= 0.0, 0.0, np.where(probabilities >= 1.0, 1.0, u))

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from infalign.procedures import InferenceProcedure, check_procedure
+from infalign.errors import InputError
+from infalign.procedures import InferenceProcedure, check_is_procedure, check_procedure
 
 Array = npt.NDArray[np.float64]
+
+
+LARGEST_N = 1_000_000
+"""Beyond that many responses, what happens within 1/N of an end point is lost to rounding."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,18 @@ class Objective:
                 itself).
 
         Raises:
-            InputError: If one of the two is not a distortion.
+            InputError: If one of the two is not a distortion, or draws more than a million responses.
         """
-        for side in (procedure, opponent):
-            for _, part in side.components if side is not None else ():
+        sides = [(procedure, "procedure")] if opponent is None else [(procedure, "procedure"), (opponent, "opponent")]
+        for side, where in sides:
+            check_is_procedure(side, where)
+            for _, part in side.components:
+                if part.n is not None and part.n > LARGEST_N:
+                    raise InputError(
+                        f"{part.label} draws more responses than can be resolved",
+                        where=where,
+                        mend=f"Use at most {LARGEST_N:,}",
+                    )
                 if type(part).__module__.partition(".")[0] != "infalign":
                     check_procedure(part)
         return cls(
@@ -67,6 +80,16 @@ class Objective:
         return np.asarray(
             sum(part.distortion(cdf) * density for (_, part, _), density in zip(self.terms, opponents, strict=True))
         )
+
+    @property
+    def against_one_sample(self) -> bool:
+        """Whether every opponent is a single sample of the reference, h0 = 1: then M9 has a closed form."""
+        grid = np.linspace(0.0, 1.0, 33)
+        return all(bool((opponent.density(grid) == 1.0).all()) for *_, opponent in self.terms)
+
+    def weighted_distortion(self, q: Array) -> Array:
+        """sum_i w_i H_i(q)."""
+        return np.asarray(sum(weight * part.distortion(q) for weight, part, _ in self.terms))
 
     @property
     def concave(self) -> bool:
