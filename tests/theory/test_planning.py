@@ -32,6 +32,17 @@ def test_a_budget_out_of_reach_is_refused_with_the_reachable_range():
         ia.plan(ia.WorstOfN(64), kl_budget=3.0)
 
 
+def test_a_budget_is_met_or_refused_where_rounding_is_in_the_way():
+    """log f rises by 3e7 within 1e-4 of u: whether Newton gets through depends on the last bits."""
+    try:
+        best = optimum_at_kl(ia.WorstOfN(10_000), 8.0, opponent=ia.Standard())
+    except ia.InputError as error:
+        assert "rounding" in str(error)  # noqa: PT017 (either outcome is right)
+    else:
+        assert best.kl == pytest.approx(8.0, rel=1e-6)
+        assert best.win_rate == pytest.approx(1 - best.beta, abs=1e-7)
+
+
 @pytest.mark.parametrize("budget", [0.0, -1.0, np.nan, np.inf])
 def test_a_budget_must_be_positive(budget):
     with pytest.raises(ia.InputError, match="positive"):

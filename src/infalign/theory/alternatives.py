@@ -90,8 +90,14 @@ def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, who
         )
     if low == high:
         return math.exp(low)
-    root = float(scipy_optimize.brentq(gap, low, high, xtol=1e-11, rtol=1e-12))
-    gap(root)
+    missed = f"a KL of {kl:g} nats cannot be met to 1e-6 for {whose}: rounding is in the way"
+    try:
+        root = float(scipy_optimize.brentq(gap, low, high, xtol=1e-11, rtol=1e-12))
+        error = abs(gap(root))
+    except InputError as failure:
+        raise InputError(missed, where="kl_budget", mend="Use a smaller KL") from failure
+    if error > 1e-6:
+        raise InputError(missed, where="kl_budget", mend="Use a smaller KL")
     return math.exp(root)
 
 
