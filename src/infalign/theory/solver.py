@@ -88,7 +88,8 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
     Raises:
         InputError: If no solution is found: h jumps, or β is below about 1e-7.
     """
-    if objective.against_one_sample and not objective.concave:
+    closed_form = objective.against_one_sample and not objective.concave
+    if closed_form:
         found = _solve_from(objective, beta, *_against_one_sample(objective, beta))
     elif start is None:
         found = _solve_from(objective, beta, _first_mesh(objective), lambda mesh: mesh.u)
@@ -96,8 +97,15 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
         found = _solve_from(objective, beta, start.mesh, _cdf_function(start.mesh, start.density))
     if found is not None:
         return found
-    # Newton did not converge from there: follow the solution down from a larger β.
-    return _follow(objective, beta)
+    # Newton did not converge from there: follow the solution down from a larger β, unless the start was the solution.
+    followed = None if closed_form else _follow(objective, beta)
+    if followed is None:
+        raise InputError(
+            f"no optimal transform was found for beta = {beta:g}",
+            where="optimal_transform",
+            mend="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
+        )
+    return followed
 
 
 def _against_one_sample(objective: Objective, beta: float) -> tuple[Mesh, Callable[[Mesh], Array]]:
@@ -132,8 +140,8 @@ def _against_one_sample(objective: Objective, beta: float) -> tuple[Mesh, Callab
     return fine, cdf
 
 
-def _follow(objective: Objective, beta: float) -> Solution:
-    """Continuation in β from where the problem is easy."""
+def _follow(objective: Objective, beta: float) -> Solution | None:
+    """Continuation in β from where the problem is easy; None if it gets stuck."""
     mesh = _first_mesh(objective)
     # Where β exceeds the range of R, the solution is close to the reference. R at the reference is a first guess of
     # that range: an opponent weaker than the procedure lets R grow far beyond it.
@@ -155,13 +163,7 @@ def _follow(objective: Objective, beta: float) -> Solution:
         else:
             found, current = following, target
             factor = min(factor**1.5, 10.0)
-    if found is None or current > beta:
-        raise InputError(
-            f"no optimal transform was found for beta = {beta:g}",
-            where="optimal_transform",
-            mend="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
-        )
-    return found
+    return None if current > beta else found
 
 
 def _solve_from(objective: Objective, beta: float, mesh: Mesh, cdf: Callable[[Mesh], Array]) -> Solution | None:
