@@ -125,6 +125,13 @@ def test_unusable_prompts_name_their_row(tmp_path, bad):
         load_prompts(path)
 
 
+@pytest.mark.parametrize("bad", ['"half \\ud800"', '[{"role": "user", "content": "half \\ud800"}]'])
+def test_text_that_no_tokenizer_can_take_names_its_row(tmp_path, bad):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": {bad}}}\n')
+    with pytest.raises(InputError, match="row 1, column 'prompt': the prompt holds half of a surrogate pair"):
+        load_prompts(tmp_path / "p.jsonl")
+
+
 def test_ids_are_stable():
     # Stores on disk depend on this value: changing it orphans every stored rollout.
     assert prompt_id("hello") == "306f89347195cc05"

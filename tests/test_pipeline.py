@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from infalign.errors import MismatchError, RewardError
+from infalign.errors import MismatchError, RewardError, StorageError
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
+from infalign.run_folder import RunFolder
 from infalign.testbed.toy import random_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -29,7 +30,8 @@ training: {steps: 3, prompts_per_step: 2, num_generations: 4, learning_rate: 1.0
 evaluation: {num_samples: 4, procedures: [standard, best-of-2, worst-of-2]}
 """
 REWARDS = """
-def vowels(prompts, completions):
+def vowels(prompts, completions, note):
+    assert all(prompt == f"Say {n[0]}: " for prompt, n in zip(prompts, note, strict=True)), "each its own row"
     return [sum(c in "aeiou" for c in text) + len(text) / 100 for text in completions]
 
 def broken(prompts, completions):
@@ -68,7 +70,8 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     random_llama(folder / "policy", None, hidden_size=16, seed=1)
     prompts = [
-        {"prompt": f"Say {word}: "}
+        # Columns of mixed types, and with names that the trainer uses itself.
+        {"prompt": f"Say {word}: ", "note": [word, {"n": 1}], "mixed": word if len(word) > 3 else 3, "trainer_state": 1}
         for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts * 2))
@@ -114,6 +117,17 @@ def test_evaluation_prompts_and_rollouts_are_fresh(finished):
     assert not sides["train"] & sides["evaluation"]
     seeds = [RolloutStore.open(folder).key.seed for folder in sorted((out / "rollouts").iterdir())]
     assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_the_models_hold_no_pickle(finished):
+    out, _, _ = finished
+    assert not [path for path in (out / "policies").rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_a_second_run_at_the_same_time_is_refused(job, finished):
+    out, _, _ = finished
+    with RunFolder(out, "tiny").writing(), pytest.raises(StorageError, match="another process"):
+        run(job, out)
 
 
 def test_a_second_run_repeats_nothing(job, finished):

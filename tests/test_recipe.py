@@ -58,7 +58,17 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ("policy.model=null", r"policy\.model is missing"),
         ("reward.model=x", r"give model or function, not both"),
         ("name=a/b", r"name: "),
+        ("name=..", r"name: use letters"),
         ("training.steps=many", r"training\.steps: "),
+        ("policy=3", r"policy: a section of settings goes here, not 3"),
+        ("procedure={kind: order-statistic, k: 5, n: 3}", r"procedure: OrderStatistic: k = 5 is more than n = 3"),
+        ("transform={exponential: .nan}", r"transform: t = nan is not a finite number"),
+        ("transform={exponential: true}", r"transform: a transform is one of"),
+        ("transform={file: reference.json}", r"cannot be called reference"),
+        ("kl_budget=.inf", r"kl_budget: .*finite"),
+        ("seed=-1", r"seed: "),
+        ("seed=4294967296", r"seed: "),
+        ("evaluation.procedures=[]", r"evaluation\.procedures: .*at least 1"),
     ],
 )
 def test_unusable_settings_are_refused_in_one_line(override, message):
@@ -68,10 +78,18 @@ def test_unusable_settings_are_refused_in_one_line(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_comes_twice_is_refused():
+    with pytest.raises(InputError, match="the key kl_budget comes twice"):
+        parse(MINIMAL + "kl_budget: 0.7\n")
+    merged = parse(MINIMAL + "evaluation: &more {num_samples: 16}\nrollouts: {<<: {num_ref: 8}, max_new_tokens: 9}\n")
+    assert (merged.rollouts.num_ref, merged.evaluation.num_samples) == (8, 16)
+
+
 def test_overrides_are_yaml_values():
     recipe = parse(MINIMAL, "procedure=worst-of-8", "training.lora={r: 4}", "evaluation.num_samples=16")
     assert recipe.target_procedure.label == "Worst-of-8"
     assert recipe.training.lora == {"r": 4}
+    assert parse(MINIMAL, "transform={exponential: 1e1}").transform == {"exponential": 10.0}, "text, to YAML"
 
 
 @pytest.mark.parametrize("bad", ["nonsense", "=3", "name.deep=3"])

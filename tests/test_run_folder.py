@@ -6,7 +6,7 @@ import os
 import pytest
 
 from infalign.errors import MismatchError, StorageError
-from infalign.run_folder import RunFolder, file_fingerprint, fingerprint, write_json
+from infalign.run_folder import RunFolder, file_fingerprint, fingerprint, storage_failure, write_json
 
 
 def test_fingerprint_ignores_key_order_but_not_content():
@@ -83,3 +83,42 @@ def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left"):
         write_json(target, 2)
     assert json.loads(target.read_text()) == 1
+
+
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    first, second = RunFolder(tmp_path / "run", "demo"), RunFolder(tmp_path / "run", "demo")
+    with first.writing():
+        with pytest.raises(StorageError, match="another process is working"), second.writing():
+            pass
+        monkeypatch.setenv("RANK", "1")  # of one distributed training: it shares the first one's folder
+        with second.writing():
+            pass
+    monkeypatch.delenv("RANK")
+    with second.writing():
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("how", ["text", "torch", "safetensors"])
+def test_a_write_cut_short_is_told_from_a_fault(tmp_path, how):
+    """A limit on the size of files fails as a full disk does, through the libraries' own writers."""
+    import resource
+
+    import torch
+    from safetensors.torch import save_file
+
+    numbers = {"w": torch.zeros(10_000)}
+    write = {
+        "text": lambda path: path.write_text("x" * 40_000),
+        "torch": lambda path: torch.save(numbers, path),
+        "safetensors": lambda path: save_file(numbers, path),
+    }[how]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(Exception) as caught:  # noqa: PT011  (each library has its own)
+            write(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert storage_failure(caught.value)
+    assert storage_failure(RuntimeError("shapes do not fit")) is None

@@ -10,11 +10,20 @@ from typing import Any
 from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
-from infalign.recipe import Recipe, transform_name
+from infalign.recipe import Recipe, named_transform, transform_name
+from infalign.rollouts.rewards import FunctionReward
+from infalign.rollouts.score import column_names
+from infalign.rollouts.tokens import excerpt, require_chat_template
+from infalign.theory.alternatives import tilt_at_kl
+from infalign.theory.optimal import optimal_transform
+from infalign.theory.plan import optimum_at_kl
+from infalign.theory.tilt import TiltedPolicy
+from infalign.training.online import check_training, refuse_adapter
+from infalign.training.self_consistent import SelfConsistentTransform
 
 
 def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Check files, columns, models, prompt lengths, the reward and the output folder.
+    """Check files, columns, models, prompt lengths, the reward, the training's settings and the output folder.
 
     Args:
         recipe: The experiment.
@@ -28,10 +37,12 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
         StorageError: If the output folder cannot be written.
     """
     check_writable(out)
+    plan_transforms(recipe)
     _check_testbed_data(recipe)
     prompts = _check_prompts(recipe)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
-    check_reward(recipe)
+    check_reward(recipe, prompts)
+    check_training(max_new_tokens=recipe.rollouts.max_new_tokens, **recipe.training.model_dump())
     return _plan_text(recipe, out, len(prompts) or None, policy)
 
 
@@ -48,36 +59,61 @@ def check_writable(out: Path) -> None:
         raise StorageError("this folder cannot be written", where=str(out), mend="Choose another with --out")
 
 
+def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
+    """The planned KL in nats, and every transform with the β that theory gives it at that KL.
+
+    Raises:
+        InputError: If a transform's file is not usable, or a transform cannot reach the KL.
+        StorageError: If a transform's file cannot be read.
+    """
+    procedure, own = recipe.target_procedure, named_transform(recipe.transform)
+    planned: list[dict[str, Any]] = []
+    try:
+        if recipe.beta is None:
+            assert recipe.kl_budget is not None, "held by the recipe"
+            kl = recipe.kl_budget
+        elif own is None:
+            kl = optimal_transform(procedure, beta=recipe.beta).kl
+        else:
+            kl = TiltedPolicy(own, beta=recipe.beta).kl
+        for wanted in recipe.transforms:
+            transform = named_transform(wanted)
+            if transform is None:
+                optimum = optimum_at_kl(procedure, kl)
+                following = wanted == SelfConsistentTransform.label
+                transform = SelfConsistentTransform(procedure) if following else optimum.transform
+                beta = optimum.beta
+            else:
+                beta = tilt_at_kl(transform, kl).beta
+            planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
+    except InputError as error:
+        if recipe.beta is None or error.where != "kl_budget":
+            raise
+        raise InputError(
+            f"this KL coefficient cannot be planned with ({error.what})", where=f"beta {recipe.beta:g}", mend=error.mend
+        ) from error
+    return kl, planned
+
+
 def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Load the policy's configuration and tokenizer (no weights) and measure every prompt against its context.
 
     Raises:
         InputError: If there is no model or tokenizer, a chat template is needed and missing, or a prompt is too long.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from infalign.rollouts.models import adapter_base
+    from infalign.rollouts.models import load_tokenizer
     from infalign.rollouts.tokens import prompt_token_ids
 
     model = recipe.policy.model
     assert model is not None  # the caller checked
-    options: dict[str, Any] = {"trust_remote_code": recipe.policy.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(adapter_base(model), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"no model can be read there ({_first_line(error)})",
-            where=f"policy.model {model}",
-            mend="Give a Hugging Face model folder, an adapter folder or a hub name",
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"no tokenizer can be loaded there ({_first_line(error)})",
-            where=f"policy.model {model}",
-            mend="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
-        ) from error
+    where = f"policy.model {model}"
+    if (Path(model) / "adapter_config.json").is_file():
+        refuse_adapter(model)
+    config = _model_config(model, where, trust_remote_code=recipe.policy.trust_remote_code)
+    _check_weights(model, where, allow_pickle=recipe.policy.allow_pickle, setting="policy.allow_pickle")
+    tokenizer = load_tokenizer(model, trust_remote_code=recipe.policy.trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new = recipe.rollouts.max_new_tokens
     longest = 0
@@ -86,38 +122,92 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if context is not None and len(ids) + new > context:
             raise InputError(
                 f"prompt {prompt.id} has {len(ids)} tokens; with rollouts.max_new_tokens={new} it does not fit the "
-                f"model's context of {context}",
+                f"model's context of {context}: {excerpt(prompt.prompt)}",
                 where="prompts",
-                mend="Shorten or remove such prompts, or lower rollouts.max_new_tokens",
+                mend="Shorten or remove such prompts, set prompts.max_characters, or lower rollouts.max_new_tokens",
             )
     import torch
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, **options)
+        try:
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.policy.trust_remote_code)
+        except ValueError as error:
+            raise InputError(
+                f"this is no causal language model ({_first_line(error)})", where=where, mend="Give one"
+            ) from error
     return {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
 
 
-def check_reward(recipe: Recipe) -> None:
-    """Make sure that the reward model's configuration, or the reward function, can be found.
+def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Make sure that the reward function can be called, or that the reward model can score these prompts.
 
     Raises:
         InputError: If it cannot.
     """
-    if recipe.reward.function is not None:
-        from infalign.rollouts.rewards import FunctionReward
+    reward = recipe.reward
+    if reward.function is not None:
+        names = [*column_names(prompts), "prompt_id"]
+        FunctionReward(reward.function).require_columns(names)
+    elif reward.model is not None:
+        from transformers import AutoTokenizer
 
-        FunctionReward(recipe.reward.function)
-    elif recipe.reward.model is not None:
-        from transformers import AutoConfig
-
+        where = f"reward.model {reward.model}"
+        config = _model_config(reward.model, where, trust_remote_code=reward.trust_remote_code)
+        if config.num_labels != 1:
+            raise InputError(f"the model has {config.num_labels} outputs", where=where, mend="A reward model has one")
+        _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting="reward.allow_pickle")
         try:
-            AutoConfig.from_pretrained(recipe.reward.model, trust_remote_code=recipe.reward.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=reward.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"no model can be read there ({_first_line(error)})",
-                where=f"reward.model {recipe.reward.model}",
-                mend="Give a sequence-classification model folder or hub name",
+                f"no tokenizer can be loaded ({_first_line(error)})",
+                where=where,
+                mend="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
             ) from error
+        if any(not isinstance(prompt.prompt, str) for prompt in prompts):
+            require_chat_template(tokenizer)
+
+
+def _model_config(model: str, where: str, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if Path(model).is_absolute() and not Path(model).exists():
+        raise InputError(
+            "there is no such folder", where=where, mend="Paths are relative to the recipe; or give a hub name"
+        )
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"no model can be read there ({_first_line(error)})",
+            where=where,
+            mend="Give a Hugging Face model folder or a hub name",
+        ) from error
+
+
+def _check_weights(model: str, where: str, *, allow_pickle: bool, setting: str) -> None:
+    """Refuse a local folder without weights, with pickled ones, or with damaged ones; no weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending))
+    if not files and pickled and not allow_pickle:
+        raise InputError(
+            f"the weights are not safetensors but {pickled[0]}, which can run code when it is read",
+            where=where,
+            mend=f"Convert them (save_pretrained writes safetensors), or set {setting}: true if you trust them",
+        )
+    if not files and not pickled:
+        raise InputError("there are no weights in this folder", where=where, mend="It should hold model.safetensors")
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path.name} is damaged ({error})", where=where, mend="Copy or save it again") from error
 
 
 def _check_testbed_data(recipe: Recipe) -> None:
@@ -135,7 +225,14 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
     if recipe.prompts.source is None:
         return []
     train, evaluation = split_prompts(recipe)
-    return [*train, *evaluation]
+    prompts = [*train, *evaluation]
+    if len({isinstance(prompt.prompt, str) for prompt in prompts}) > 1:
+        raise InputError(
+            "some prompts are text and some are chat messages",
+            where=recipe.prompts.source,
+            mend="Write all of them one way",
+        )
+    return prompts
 
 
 def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str, Any] | None) -> dict[str, Any]:
@@ -172,9 +269,9 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
         # Weights, gradients and two Adam moments in 32 bits, and the frozen reference beside them.
         copies = 2.2 if training.lora is not None else 5
         numbers["training_memory_gib"] = round(copies * 4 * policy["parameters"] / 2**30, 2)
-        lines.append(
-            f"Training memory before activations: about {numbers['training_memory_gib']} GiB in 32-bit numbers"
-        )
+        mebibytes = copies * 4 * policy["parameters"] / 2**20
+        size = f"{mebibytes / 1024:.1f} GiB" if mebibytes > 1024 else f"{mebibytes:.1f} MiB"
+        lines.append(f"Training memory before activations: about {size} in 32-bit numbers")
     return {"text": "\n".join(lines), **numbers}
 
 

@@ -253,7 +253,7 @@ def load_prompts(
     """
     seen: set[str] = set()
     prompts: list[Prompt] = []
-    duplicates = 0
+    duplicates = other_side = 0
     for number, row in enumerate(_iterate_rows(source, split=split), start=1):
         if limit is not None and len(prompts) >= limit:
             break
@@ -261,6 +261,7 @@ def load_prompts(
             raise _missing_column(column, row, f"{source}, row {number}")
         prompt = Prompt(_check_prompt(row[column], f"{source}, row {number}, column {column!r}"), row)
         if held_out is not None and is_held_out(prompt.prompt, held_out) != (side == "held_out"):
+            other_side += 1
             continue
         if prompt.id in seen:
             duplicates += 1
@@ -268,7 +269,7 @@ def load_prompts(
         seen.add(prompt.id)
         prompts.append(prompt)
     if not prompts:
-        if held_out is None:
+        if not other_side:
             raise InputError("there are no prompts", where=str(source))
         raise InputError(
             f"no prompt falls on the {side.replace('_', '-')} side with a share of {held_out} held out",
@@ -282,6 +283,7 @@ def _check_prompt(value: Any, where: str) -> PromptContent:
     if isinstance(value, str):
         if not value.strip():
             raise InputError("the prompt is empty", where=where, mend="Remove the row or give it a prompt")
+        _require_unicode(value, where)
         return value
     if isinstance(value, (list, tuple)):
         messages: list[Message] = []
@@ -290,11 +292,21 @@ def _check_prompt(value: Any, where: str) -> PromptContent:
                 isinstance(message.get(key), str) for key in ("role", "content")
             ):
                 raise InputError("a message is not {role, content} with two texts", where=where)
+            _require_unicode(message["content"], where)
             messages.append({"role": message["role"], "content": message["content"]})
         if not messages or not any(message["content"].strip() for message in messages):
             raise InputError("the prompt is empty", where=where, mend="Remove the row or give it a prompt")
         return messages
     raise InputError(f"a prompt is a {type(value).__name__}", where=where, mend="Give text or a list of chat messages")
+
+
+def _require_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "the prompt holds half of a surrogate pair", where=where, mend="Remove the row or repair its text"
+        ) from error
 
 
 # --- splitting -------------------------------------------------------------------------------------------------------

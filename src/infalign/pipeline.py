@@ -23,7 +23,7 @@ from infalign.report.calibration_display import calibration_lines
 from infalign.report.table import text_table
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
-from infalign.run_folder import RunFolder, fingerprint
+from infalign.run_folder import RunFolder, fingerprint, storage_failure
 from infalign.stages import Stages
 
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
@@ -68,6 +68,7 @@ class Pipeline:
 
         Raises:
             MismatchError: If an earlier stage that is needed is missing or was made with other settings.
+            StorageError: If another process is working in the folder, or it cannot be written.
         """
         self._only = only
         self.check()
@@ -75,8 +76,9 @@ class Pipeline:
         do = (self._rollout, self._calibrate, self._train, self._evaluate, self._report)
         last = len(GROUPS) if only is None else GROUPS.index(only) + 1
         result: dict[str, Any] = {}
-        for group in do[:last]:
-            result = group()
+        with self.folder.writing():
+            for group in do[:last]:
+                result = group()
         return result
 
     def check(self) -> dict[str, Any]:
@@ -307,11 +309,12 @@ class Pipeline:
         try:
             with self.reporter.stage(title) as progress:
                 work(progress)
-        except OSError as error:
-            if isinstance(error, InfalignError):
+        except Exception as error:
+            reason = None if isinstance(error, InfalignError) else storage_failure(error)
+            if reason is None:
                 raise
             raise StorageError(
-                f"the stage {name!r} could not read or write a file ({error})",
+                f"the stage {name!r} could not read or write a file ({reason})",
                 where=str(self.out),
                 mend="Make room or permissions; the same command goes on from here",
             ) from error

@@ -38,8 +38,8 @@ def _transform_value(value: Any) -> Any:
         return value
     if isinstance(value, Mapping) and len(value) == 1:
         (kind, argument), *_ = value.items()
-        if kind == "exponential" and isinstance(argument, int | float):
-            return {"exponential": float(argument)}
+        if kind == "exponential" and isinstance(argument, int | float | str) and not isinstance(argument, bool):
+            return {"exponential": _exponent(argument)}
         if kind == "file" and isinstance(argument, str):
             return {"file": argument}
     raise ValueError(
@@ -47,9 +47,19 @@ def _transform_value(value: Any) -> Any:
     )
 
 
+def _exponent(value: float | str) -> float:
+    """A finite number; also from text, for to YAML 1e2 is text."""
+    try:
+        return Exponential(float(value)).t
+    except InputError as error:
+        raise ValueError(error.what) from error
+    except ValueError as error:
+        raise ValueError(f"t = {value!r} is not a number") from error
+
+
 Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
 Transform = Annotated[str | dict[str, Any], BeforeValidator(_transform_value)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -181,15 +191,19 @@ class Evaluation(_Section):
     """Fresh rollouts of every model on held-out prompts."""
 
     num_samples: Annotated[int, Field(ge=2)] = 32
-    procedures: list[Procedure] = [{"kind": "standard"}, {"kind": "best-of-n", "n": 4}, {"kind": "worst-of-n", "n": 4}]
+    procedures: Annotated[list[Procedure], Field(min_length=1)] = [
+        {"kind": "standard"},
+        {"kind": "best-of-n", "n": 4},
+        {"kind": "worst-of-n", "n": 4},
+    ]
     confidence: Share = 0.95
 
 
 class Recipe(_Section):
     """One experiment. See `recipes/` for worked examples."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # it names the run folder
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     testbed: Testbed | None = None
     policy: Policy = Policy()
     reward: Reward = Reward()
@@ -226,6 +240,8 @@ class Recipe(_Section):
         names = [transform_name(t) for t in self.transforms]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
+        if "reference" in names:
+            raise ValueError("a transform file cannot be called reference: its name names the aligned policy")
         return self
 
     @property
@@ -246,7 +262,7 @@ class Recipe(_Section):
 
 
 def transform_name(transform: str | Mapping[str, Any]) -> str:
-    """A short name that can be a folder: `optimal`, `exponential-10`, `transform`."""
+    """A short name that can be a folder: `optimal`, `exponential+10`, `transform`."""
     if isinstance(transform, str):
         return transform
     if "exponential" in transform:
@@ -277,11 +293,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, where=str(path), folder=path.resolve().parent, overrides=overrides)
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Safe YAML in which a key that comes twice is a mistake, where YAML itself would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value} comes twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_OneOfEachKey)
+
+
 def parse_recipe(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in `text`; see `load_recipe`."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = _read_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"not valid YAML ({' '.join(str(error).split())})", where=where) from error
     if not isinstance(content, dict):
         raise InputError("a recipe is a mapping of settings", where=where, mend="See recipes/ for examples")
@@ -305,8 +340,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise InputError(f"{parent} in {key} is not a section", where="--set")
     try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        section[last] = _read_yaml(value)
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"the value of {key} is not valid YAML: {value!r}", where="--set") from error
 
 
@@ -320,8 +355,14 @@ def _explain(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(section.model_fields)}"
         message = f"unknown key {location}; {hint}"
     else:
-        text = first["msg"].removeprefix("Value error, ")
-        message = f"{location}: {text[0].lower()}{text[1:]}" if location else text
+        text = first["msg"].removeprefix("Value error, ").removeprefix("procedure: ")
+        if first["type"] == "model_type":
+            text = f"a section of settings goes here, not {first['input']!r}"
+        elif first["type"] == "string_pattern_mismatch":
+            text = "use letters, digits, dots, hyphens and underscores, a letter or digit first"
+        if text.split()[0][1:].islower():  # a sentence, not the name of a class
+            text = text[0].lower() + text[1:]
+        message = f"{location}: {text}" if location else text
     more = error.error_count() - 1
     return f"{message} (and {more} more)" if more else message
 

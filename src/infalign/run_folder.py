@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from infalign.errors import MismatchError, StorageError
 
@@ -82,6 +85,28 @@ class RunFolder:
             raise StorageError(
                 f"cannot use this folder ({error})", where=str(path), mend="Choose another with --out"
             ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the right to work in this folder; the system itself releases it when the process dies.
+
+        Raises:
+            StorageError: If another process holds it.
+        """
+        if int(os.environ.get("RANK", "0")) > 0:  # the processes of one distributed training share the folder
+            yield
+            return
+        lock = FileLock(str(self.path / ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise StorageError(
+                "another process is working in this folder", where=str(self.path), mend="Wait until it has ended"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def stamp(self, stage: str) -> StageStamp | None:
         """What is known of a stage; `None` if it never started."""
@@ -176,3 +201,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in {**old, **new} if old.get(key) != new.get(key)
     ]
     return "; ".join(changed)[:400]
+
+
+def storage_failure(error: Exception) -> str | None:
+    """Why a file could not be read or written, if that is what this error says; libraries say it in several ways."""
+    if isinstance(error, OSError):
+        return str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return str(error)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "iostream error")):
+        return "a file could not be written to its end"  # PyTorch's own words say no more
+    return None

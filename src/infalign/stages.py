@@ -14,11 +14,12 @@ import numpy as np
 
 from infalign.calibration import RewardCalibrator
 from infalign.calibration_report import calibration_report
+from infalign.checks import plan_transforms
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.run import MethodResult, compare, measure
 from infalign.inputs import split_prompts, testbed_text
-from infalign.recipe import Recipe, named_transform, transform_name
+from infalign.recipe import Recipe
 from infalign.report.build import build_report
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.logprobs import log_ratios
@@ -30,11 +31,8 @@ from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_json, write_text
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
-from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.finite_k import finite_k_prediction
-from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
-from infalign.theory.tilt import TiltedPolicy
 from infalign.training.online import align
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -112,7 +110,7 @@ class Stages:
         train, evaluation = split_prompts(self.recipe)
         for name, prompts in (("train", train), ("evaluation", evaluation)):
             rows = [{"id": p.id, "prompt": p.prompt, "row": p.row} for p in prompts]
-            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+            lines = [json.dumps(row, default=str) for row in rows]
             write_text(self.out / "prompts" / f"{name}.jsonl", "\n".join(lines) + "\n")
         duplicates = train.duplicates + evaluation.duplicates
         told = f"{len(train)} training and {len(evaluation)} evaluation prompts"
@@ -171,28 +169,10 @@ class Stages:
 
     def make_plan(self, progress: Progress) -> None:
         """β for every transform, all at the same planned KL."""
-        recipe, procedure = self.recipe, self.recipe.target_procedure
-        own = named_transform(recipe.transform)
-        if recipe.beta is None:
-            assert recipe.kl_budget is not None, "held by the recipe"
-            kl = recipe.kl_budget
-        elif own is None:
-            kl = optimal_transform(procedure, beta=recipe.beta).kl
-        else:
-            kl = TiltedPolicy(own, beta=recipe.beta).kl
-        planned: list[dict[str, Any]] = []
-        for wanted in recipe.transforms:
-            transform = named_transform(wanted)
-            if transform is None:
-                optimum = optimum_at_kl(procedure, kl)
-                following = wanted == SelfConsistentTransform.label
-                transform = SelfConsistentTransform(procedure) if following else optimum.transform
-                beta = optimum.beta
-            else:
-                beta = tilt_at_kl(transform, kl).beta
-            planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
+        recipe = self.recipe
+        kl, planned = plan_transforms(recipe)
         content = {
-            "procedure": procedure.to_dict(),
+            "procedure": recipe.target_procedure.to_dict(),
             "kl": kl,
             "kl_budget": recipe.kl_budget,
             "num_ref": recipe.rollouts.num_ref,

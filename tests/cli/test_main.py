@@ -31,12 +31,37 @@ def job(tmp_path, monkeypatch):
     write_prompts(tmp_path, [f"Number {i}: " for i in range(20)])
     (tmp_path / "demo_rewards.py").write_text(
         "def length(prompts, completions):\n    return [len(c) for c in completions]\n"
+        "def graded(prompts, completions, answer):\n    return [len(a) for a in answer]\n"
     )
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the recipe's folder
     monkeypatch.delitem(sys.modules, "demo_rewards", raising=False)
     return tmp_path
+
+
+def change(job, old, new):
+    text = (job / "recipe.yaml").read_text()
+    assert old in text
+    (job / "recipe.yaml").write_text(text.replace(old, new))
+
+
+def add(job, line):
+    (job / "recipe.yaml").write_text(RECIPE + line + "\n")
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def without(path, key):
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
 
 
 def infalign(capsys, monkeypatch, *arguments):
@@ -84,6 +109,31 @@ def test_dry_run_as_json_is_json_alone(job, capsys, monkeypatch):
         (lambda job: (job / "recipe.yaml").write_text(RECIPE + "trainig: {}\n"), "did you mean training?"),
         (lambda job: (job / "recipe.yaml").write_text(RECIPE.replace("num_ref: 4", "num_ref: 1")), "num_ref"),
         (lambda job: (job / "recipe.yaml").write_text(RECIPE.replace("kl_budget: 0.2", "beta: 0")), "beta"),
+        (
+            lambda job: (job / "prompts.jsonl").write_text(
+                '{"prompt": "text"}\n' * 1
+                + '{"prompt": [{"role": "user", "content": "a"}]}\n' * 1
+                + "".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(20))
+            ),
+            "some prompts are text and some are chat messages",
+        ),
+        (lambda job: pickle_weights(job / "policy"), "policy.allow_pickle"),
+        (lambda job: cut(job / "policy" / "model.safetensors"), "model.safetensors is damaged"),
+        (lambda job: (job / "policy" / "adapter_config.json").write_text("{}"), "alignment starts from full weights"),
+        (lambda job: without(job / "policy" / "tokenizer_config.json", "eos_token"), "end-of-sequence token"),
+        (lambda job: change(job, "model: policy", "model: ./polcy"), "there is no such folder"),
+        (lambda job: change(job, 'function: "demo_rewards:length"', "model: policy"), "has 2 outputs"),
+        (
+            lambda job: change(job, "demo_rewards:length", "demo_rewards:graded"),
+            "missing a required argument: 'answer'",
+        ),
+        (lambda job: (job / "demo_rewards.py").write_text("1 / 0"), "ZeroDivisionError"),
+        (lambda job: change(job, "kl_budget: 0.2", "kl_budget: 50"), "out of reach"),
+        (lambda job: change(job, "kl_budget: 0.2", "beta: 1.0e-9"), "1e-09"),
+        (lambda job: add(job, "transform: {file: absent.json}"), "cannot read the transform"),
+        (lambda job: add(job, "training: {lora: {rank: 4}}"), "training.lora"),
+        (lambda job: add(job, "training: {rloo: {lerning_rate: 1}}"), "lerning_rate"),
+        (lambda job: add(job, "training: {rloo: {max_steps: 1}}"), "Set training.steps instead"),
         (lambda job: (job / "runs").write_text("a file where the run folder should go"), "cannot be written"),
     ],
 )

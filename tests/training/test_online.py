@@ -162,6 +162,8 @@ def test_it_lands_on_the_budget_and_every_step_is_written_down(testbed, tmp_path
         ({"temperature": 0.7}, "temperature"),
         ({"num_iterations": 4}, "num_iterations"),
         ({"steps_per_generation": 4}, "rollouts of an older policy"),
+        ({"max_steps": 3}, r"Set training\.steps instead"),
+        ({"logging_steps": 10}, "relies on logging_steps=1"),
     ],
 )
 def test_settings_that_change_the_objective_are_refused(settings, message):
@@ -181,6 +183,21 @@ def test_an_unknown_trainer_field_and_a_batch_that_does_not_divide_are_input_err
         train(testbed, tmp_path / "a", reward, rloo={"lerning_rate": 1})
     with pytest.raises(InputError, match="do not divide"):
         train(testbed, tmp_path / "b", reward, num_generations=3, rloo={"gradient_accumulation_steps": 4})
+    with pytest.raises(InputError, match="whole number"):
+        train(testbed, tmp_path / "c", reward, rloo={"gradient_accumulation_steps": 0})
+    with pytest.raises(InputError, match=r"training\.lora"):
+        train(testbed, tmp_path / "d", reward, lora={"rank": 4})
+    with pytest.raises(InputError, match=r"the trainer does not take these settings.*nowhere"):
+        train(testbed, tmp_path / "e", reward, lora={"target_modules": ["nowhere"]})
+
+
+def test_an_adapter_is_not_where_training_starts(testbed, tmp_path):
+    """The trainer's reference would be the bare base model, not the adapted one."""
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    short = {"steps": 1, "num_generations": 4, "prompts_per_step": 1}
+    adapter = train(testbed, tmp_path / "one", testbed.reward(Identity(), 0.5), lora=lora, **short)
+    with pytest.raises(InputError, match="full weights"):
+        align(adapter.model, tmp_path / "two", PROMPTS, testbed.reward(Identity(), 0.5), max_new_tokens=1, **short)
 
 
 def test_a_reward_that_fails_in_training_stops_with_its_reason(testbed, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from infalign.calibration import RewardCalibrator
+from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.rewards import FunctionReward
 from infalign.theory.finite_k import rank_conditional_tilt
@@ -62,6 +63,21 @@ def test_metrics_reach_the_trainer():
     seen = {}
     make(Identity())(["?", "?"], ["xxxx", ""], prompt_id=["p", "p"], log_metric=seen.__setitem__)
     assert seen == {"calibrated_reward": pytest.approx(0.5), "raw_reward": pytest.approx(2.0)}
+
+
+def test_columns_come_from_the_prompts_rows_where_it_knows_them():
+    seen = []
+
+    def graded(prompts, completions, answer):
+        seen.append(answer)
+        return [1.0 for _ in completions]
+
+    calibrator = RewardCalibrator().fit([[1.0, 2.0]])
+    prompt = Prompt("2 + 2 = ", {"prompt": "2 + 2 = ", "answer": {"is": 4}, "prompt_id": "its own"})
+    reward = TransformedReward(FunctionReward(graded), calibrator, [prompt.id], Identity(), 1.0)
+    reward.take_columns_from([prompt])
+    reward(["?", "?"], ["4", "5"], prompt_id=[prompt.id] * 2, answer=["as a data set", "has it"])
+    assert seen == [[{"is": 4}] * 2]
 
 
 def test_unknown_and_missing_prompt_ids():

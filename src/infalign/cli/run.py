@@ -11,7 +11,7 @@ import typer
 
 from infalign.cli.console import ConsoleReporter
 
-RecipeFile = Annotated[Path, typer.Argument(help="The experiment: a YAML file, see recipes/.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment: a YAML file, see recipes/.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
 ]

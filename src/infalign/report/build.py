@@ -34,7 +34,7 @@ def build_report(
     plan = _read(out / "plan.json")
     results = [MethodResult.from_dict(entry) for entry in evaluation["results"]]
     procedure = procedure_from_dict(evaluation["procedure"])
-    prompts = [json.loads(line) for line in (out / "prompts" / "evaluation.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line) for line in _lines(out / "prompts" / "evaluation.jsonl")]
     ids = [prompt["id"] for prompt in prompts]
     labels = ["reference", *(result.label for result in results)]
     count = results[0].num_samples
@@ -114,8 +114,13 @@ def _spread(calibrator: RewardCalibrator, rewards_PG: np.ndarray, *, is_referenc
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines that end with a newline and nothing else: text may hold other characters that Unicode counts as ends."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from infalign.errors import InputError
 from infalign.rollouts.shared_prefix import SharedPrefix
 
 
@@ -90,6 +91,12 @@ def decode(
         logits_to_keep=1,
     ).logits[:, -1]
 
+    if bool(torch.isnan(logits_PV).any()):
+        raise InputError(
+            "the model's logits are not numbers",
+            where="policy",
+            mend="Check its weights and data type; after a training, lower the learning rate",
+        )
     prompt_of = torch.as_tensor(prompt_of_B, device=device)
     shared = None
     if share_prompts and SharedPrefix.fits(model, cache, len(prompt_tokens), num_rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,32 @@ def load_policy(
         dtype: Name of a torch dtype; by default float32 on a CPU, else what the weights are stored in.
 
     Raises:
-        InputError: If there is no model, no tokenizer or no end-of-sequence token there.
+        InputError: If there is no model, no tokenizer or no end-of-sequence token there, or a weight is missing.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
     torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch_dtype, use_safetensors=None if allow_pickle else True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch_dtype,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        policy, loading = loaded
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        mismatch = "ignore_mismatched_sizes" in str(error)
+        reason = "the weights have other shapes than config.json says" if mismatch else _first_line(error)
         raise InputError(
-            f"no causal language model can be loaded ({_first_line(error)})",
+            f"no causal language model can be loaded ({reason})",
             where=str(model),
             mend="Give a folder with config.json and model.safetensors, or a hub name",
         ) from error
+    require_all_weights(loading, str(model))
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return policy.to(device).eval(), tokenizer
 
@@ -72,6 +83,21 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
+    """Refuse a model of which transformers has drawn a part at random because the file does not hold it.
+
+    Raises:
+        InputError: Naming the first missing weight.
+    """
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{len(missing)} weights are not in the file, the first is {missing[0]}",
+            where=where,
+            mend="Give a model of this kind: a policy has a language-model head, a reward model a score head",
+        )
 
 
 def adapter_base(model: str | Path) -> str:

@@ -101,9 +101,29 @@ class FunctionReward(RewardSource):
             digest = ""
         self.key = key or (f"{name}@{digest}" if digest else name)
         self.description = {"kind": "function", "function": name, "source": digest}
-        parameters = inspect.signature(self._function).parameters
+        try:
+            self._signature = inspect.signature(self._function)
+        except (TypeError, ValueError) as error:
+            raise InputError("it does not tell its parameters", where=f"reward function {name}",
+                             mend="Write a Python function around it") from error  # fmt: skip
+        parameters = self._signature.parameters
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._takes = set(parameters)
+
+    def require_columns(self, names: Sequence[str]) -> None:
+        """Make sure, without calling it, that the function can be called with these columns.
+
+        Raises:
+            InputError: It needs another one, or takes no `prompts` or `completions`.
+        """
+        given = ["prompts", "completions", *(name for name in names if self._takes_all or name in self._takes)]
+        try:
+            self._signature.bind(**dict.fromkeys(given))
+        except TypeError as error:
+            known = ", ".join(names)
+            raise InputError(f"it cannot be called with prompts, completions and the prompts' columns ({error})",
+                             where=f"reward function {self.description['function']}",
+                             mend=f"Columns that all prompts have: {known}") from error  # fmt: skip
 
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
@@ -143,7 +163,10 @@ class FunctionReward(RewardSource):
     def _call(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], columns: dict[str, Any]
     ) -> Any:
-        result = self._function(prompts=list(prompts), completions=list(completions), **columns)
+        try:
+            result = self._function(prompts=list(prompts), completions=list(completions), **columns)
+        except SystemExit as error:
+            raise RewardError("it ended the program", where=self.key, mend="Raise an error instead") from error
         return _wait_for(result) if inspect.isawaitable(result) else result
 
 
@@ -230,9 +253,10 @@ def _import_function(name: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module does when it is imported
+        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"the function cannot be imported ({error})", where=f"reward function {name}", mend=mend
+            f"the function cannot be imported ({reason})", where=f"reward function {name}", mend=mend
         ) from error
     if not callable(found):
         raise InputError("this is not a function", where=f"reward function {name}", mend=mend)
@@ -356,17 +380,22 @@ class SequenceClassificationReward(RewardSource):
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             import torch
+            from safetensors import SafetensorError
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            from infalign.rollouts.models import require_all_weights
 
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
-                model: Any = AutoModelForSequenceClassification.from_pretrained(
+                model: Any
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
                     self.path,
                     trust_remote_code=self._trust_remote_code,
                     use_safetensors=None if self._allow_pickle else True,
                     dtype="auto" if torch.cuda.is_available() else torch.float32,
+                    output_loading_info=True,
                 )
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
                 reason = str(error).strip().split("\n", maxsplit=1)[0]
                 raise InputError(
                     f"no sequence-classification model can be loaded ({reason})",
@@ -376,6 +405,7 @@ class SequenceClassificationReward(RewardSource):
             if model.config.num_labels != 1:
                 raise InputError(f"the model has {model.config.num_labels} outputs", where=self.path,
                                  mend="A reward model has one")  # fmt: skip
+            require_all_weights(loading, self.path)
             if model.config.get_text_config().pad_token_id is None:
                 model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
             device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,16 @@ from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import FunctionReward, HTTPReward, RewardSource, Scores, SequenceClassificationReward
 from infalign.rollouts.store import RolloutStore
 
-__all__ = ["FunctionReward", "HTTPReward", "RewardSource", "Scores", "SequenceClassificationReward", "score_store"]
+__all__ = [
+    "FunctionReward",
+    "HTTPReward",
+    "RewardSource",
+    "Scores",
+    "SequenceClassificationReward",
+    "column_names",
+    "columns_of",
+    "score_store",
+]
 
 
 def score_store(
@@ -48,6 +57,7 @@ def score_store(
     """
     report = progress or no_progress
     prompt_of = {prompt.id: prompt for prompt in prompts}
+    names = column_names(prompts)
     rollouts = store.table(["prompt_id", "index", "text"])
     ids, indices = rollouts["prompt_id"].to_pylist(), rollouts["index"].to_numpy()
     mine = [row for row, prompt_id in enumerate(ids) if prompt_id in prompt_of]
@@ -73,7 +83,7 @@ def score_store(
             rows = todo[start : start + chunk_size]
             owners = [prompt_of[ids[row]] for row in rows]
             texts = rollouts["text"].take(rows).to_pylist()
-            scores = source.score_rows([owner.prompt for owner in owners], texts, **_columns(owners))
+            scores = source.score_rows([owner.prompt for owner in owners], texts, **columns_of(owners, names))
             store.append_rewards(source.key, [ids[row] for row in rows], indices[rows], scores.rewards, scores.errors)
             done, scored_now = done + len(rows), scored_now + len(rows)
             failed = np.flatnonzero(np.isnan(scores.rewards))
@@ -91,9 +101,16 @@ def score_store(
     return scored_now
 
 
-def _columns(owners: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The columns that all of these prompts' rows have, as lists; the prompt itself is passed apart."""
-    shared = set(owners[0].row).intersection(*(owner.row for owner in owners)) - {"prompt", "prompts", "completions"}
-    columns: dict[str, list[Any]] = {name: [owner.row[name] for owner in owners] for name in sorted(shared)}
-    columns["prompt_id"] = [owner.id for owner in owners]
+def column_names(prompts: Sequence[Prompt]) -> list[str]:
+    """The columns that all of these prompts' rows have, without those that a reward is given anyway."""
+    if not prompts:
+        return []
+    shared = set(prompts[0].row).intersection(*(prompt.row for prompt in prompts))
+    return sorted(shared - {"prompt", "prompts", "completions", "prompt_id", "self"})
+
+
+def columns_of(prompts: Sequence[Prompt], names: Sequence[str]) -> dict[str, list[Any]]:
+    """These columns of the prompts' rows as lists, and the prompts' ids."""
+    columns: dict[str, list[Any]] = {name: [prompt.row[name] for prompt in prompts] for name in names}
+    columns["prompt_id"] = [prompt.id for prompt in prompts]
     return columns

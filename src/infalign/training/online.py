@@ -49,6 +49,37 @@ FIXED = {
     "remove_unused_columns": False,
     "sync_ref_model": False,
     "shuffle_dataset": False,  # the order is drawn beforehand, so that a resumed training sees the same one
+    "reward_weights": None,
+    "generation_kwargs": None,  # rollouts follow the policy itself
+    "chat_template_kwargs": None,  # the prompts are those of the calibration
+    "model_init_kwargs": None,  # would load the trainer's reference otherwise than the policy
+}
+
+# Settings that steering the KL and going on after a stop rely on.
+RELIED_ON = {
+    "logging_strategy": "steps",  # the KL is steered by what every step logs
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "load_best_model_at_end": False,
+    "ignore_data_skip": False,
+    "auto_find_batch_size": False,
+}
+
+# `RLOOConfig` fields that the recipe sets elsewhere, and where.
+ELSEWHERE = {
+    "output_dir": "--out",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.steps",
+    "learning_rate": "training.learning_rate",
+    "num_generations": "training.num_generations",
+    "per_device_train_batch_size": "training.prompts_per_step",
+    "generation_batch_size": "training.prompts_per_step",
+    "max_completion_length": "rollouts.max_new_tokens",
+    "save_steps": "training.save_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "resume_from_checkpoint": "the run folder, by running again,",
+    "trust_remote_code": "policy.trust_remote_code",
 }
 
 _ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
@@ -132,6 +163,9 @@ def align(
     refuse_changed_objective(rloo or {})
     set_seed(seed)
     model, tokenizer = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if hasattr(model, "peft_config"):  # the trainer's reference would be the bare base model
+        refuse_adapter(policy)
+    reward.take_columns_from(prompts)
     controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
     callback = _Steering(reward, controller, out / "steps.jsonl", steps, progress)
     trainer = _make_trainer(
@@ -150,6 +184,7 @@ def align(
             learning_rate=learning_rate,
             seed=seed,
             save_steps=save_steps,
+            trust_remote_code=trust_remote_code,
             overrides=rloo or {},
         ),
     )
@@ -157,6 +192,7 @@ def align(
     callback.restore(checkpoint)
     _train(trainer, checkpoint)
     trainer.save_model(str(out / "model"))
+    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
     tokenizer.save_pretrained(str(out / "model"))
     if not trainer.accelerator.is_main_process:
         return AlignmentResult(out / "model", reward.beta, callback.steps)
@@ -173,12 +209,20 @@ def align(
 
 
 def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
-    """Refuse `RLOOConfig` fields under which the trainer would optimise something else.
+    """Refuse `RLOOConfig` fields under which the trainer would optimise something else, or that the recipe sets.
 
     Raises:
         InputError: Naming the first such field and why.
     """
     for name, value in rloo.items():
+        if name in ELSEWHERE:
+            raise InputError(f"{name} is not set here", where="training.rloo", mend=f"Set {ELSEWHERE[name]} instead")
+        if name in RELIED_ON and value != RELIED_ON[name]:
+            raise InputError(
+                f"{name}={value!r}, but the training relies on {name}={RELIED_ON[name]!r}",
+                where="training.rloo",
+                mend=f"Remove {name}",
+            )
         if name in FIXED and value != FIXED[name]:
             raise InputError(
                 f"{name}={value!r} would change the objective, which needs {name}={FIXED[name]!r}",
@@ -193,6 +237,53 @@ def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
             where="training.rloo",
             mend="Make the two equal, or remove steps_per_generation",
         )
+
+
+def refuse_adapter(policy: str | Path) -> None:
+    """An adapter cannot be where training starts.
+
+    Raises:
+        InputError: Always, with the mend.
+    """
+    raise InputError(
+        "this is an adapter; alignment starts from full weights",
+        where=f"policy.model {policy}",
+        mend="Merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload()"
+        ".save_pretrained(…), and save the tokenizer beside it",
+    )
+
+
+def check_training(
+    *,
+    steps: int,
+    prompts_per_step: int,
+    num_generations: int,
+    learning_rate: float,
+    max_new_tokens: int,
+    lora: Mapping[str, Any] | None,
+    save_steps: int,
+    rloo: Mapping[str, Any],
+) -> None:
+    """Refuse, before anything is computed, settings that training would stumble over; arguments as for `align`.
+
+    Raises:
+        InputError: If a field is unknown, unusable, or would change the objective.
+    """
+    refuse_changed_objective(rloo)
+    if lora is not None:
+        _lora_config(lora)
+    _rloo_config(
+        Path("checkpoints"),
+        steps=steps,
+        prompts_per_step=prompts_per_step,
+        num_generations=num_generations,
+        max_new_tokens=max_new_tokens,
+        learning_rate=learning_rate,
+        seed=0,
+        save_steps=save_steps,
+        trust_remote_code=False,
+        overrides=rloo,
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -218,11 +309,16 @@ def _rloo_config(
     learning_rate: float,
     seed: int,
     save_steps: int,
+    trust_remote_code: bool,
     overrides: Mapping[str, Any],
 ) -> RLOOConfig:
     on_gpu = torch.cuda.is_available()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = int(overrides.get("gradient_accumulation_steps", 1))
+    accumulation = overrides.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise InputError(
+            f"gradient_accumulation_steps={accumulation!r}", where="training.rloo", mend="Give a whole number from 1"
+        )
     rollouts_per_step = prompts_per_step * num_generations
     if rollouts_per_step % (accumulation * world_size):
         raise InputError(
@@ -248,14 +344,14 @@ def _rloo_config(
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "gradient_checkpointing": True if on_gpu else None,  # False would warn of a rename in transformers
         "use_cpu": not on_gpu,
-        "save_strategy": "steps",
         "save_steps": save_steps,
         "save_total_limit": 2,
-        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
+        "trust_remote_code": trust_remote_code,
         **FIXED,
+        **RELIED_ON,
         **overrides,
     }
     try:
@@ -269,17 +365,33 @@ def _train(trainer: RLOOTrainer, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "the device ran out of memory",
-            where="training",
-            mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
-        ) from error
+        raise _out_of_memory() from error
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
         raise TrainingError(
             "the policy's probabilities are no longer finite", where="training", mend=_ADVICE
         ) from error
+    assert trainer.model is not None, "it has just been trained"
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
+        raise TrainingError("the policy's weights are no longer finite", where="training", mend=_ADVICE)
+
+
+def _out_of_memory() -> TrainingError:
+    return TrainingError(
+        "the device ran out of memory",
+        where="training",
+        mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
+    )
+
+
+def _lora_config(lora: Mapping[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
 
 
 def _make_trainer(
@@ -291,20 +403,24 @@ def _make_trainer(
     lora: Mapping[str, Any] | None,
     config: RLOOConfig,
 ) -> RLOOTrainer:
-    peft_config = None
-    if lora is not None:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(task_type="CAUSAL_LM", **lora)
-    trainer = RLOOTrainer(
-        model=model,
-        reward_funcs=reward,  # pyright: ignore[reportArgumentType]  TRL's list type is invariant
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[callback],
-        peft_config=peft_config,
-    )
+    try:
+        trainer = RLOOTrainer(
+            model=model,
+            reward_funcs=reward,  # pyright: ignore[reportArgumentType]  TRL's list type is invariant
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[callback],
+            peft_config=None if lora is None else _lora_config(lora),
+        )
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory() from error
+    except (ImportError, ValueError, RuntimeError) as error:  # a package that a setting needs, a module not found …
+        raise InputError(
+            f"the trainer does not take these settings ({str(error).strip()})",
+            where="training",
+            mend="See TRL's RLOOConfig and PEFT's LoraConfig for the fields of training.rloo and training.lora",
+        ) from error
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     return trainer
@@ -316,11 +432,9 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     TRL's own shuffling starts afresh when a training resumes in a later epoch; an order that is part of the data does
     not.
     """
-    columns = [{k: v for k, v in p.row.items() if k not in {"prompt", "prompt_id"}} for p in prompts]
-    rows = [
-        {"prompt": prompt.prompt, "prompt_id": prompt.id, **extra}
-        for prompt, extra in zip(prompts, columns, strict=True)
-    ]
+    # The reward knows the prompts' other columns itself: a data set would coerce their types, and TRL has a use of its
+    # own for some names.
+    rows = [{"prompt": prompt.prompt, "prompt_id": prompt.id} for prompt in prompts]
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration import RewardCalibrator
+from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.rewards import RewardSource
+from infalign.rollouts.score import column_names, columns_of
 from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform
@@ -59,6 +61,8 @@ class TransformedReward:
         self.source = source
         self.calibrator = calibrator
         self.transform = transform
+        self._prompt_of: dict[str, Prompt] = {}
+        self._columns: list[str] = []
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
         self.beta = beta
         self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
@@ -74,6 +78,11 @@ class TransformedReward:
             raise InputError(f"beta must be a positive number, not {beta}", where="TransformedReward")
         self._beta = float(beta)
         self._tilt_of_K: dict[int, Float] = {}
+
+    def take_columns_from(self, prompts: Sequence[Prompt]) -> None:
+        """Give the source the columns of these prompts' rows, as scoring a store does, not those of a data set."""
+        self._prompt_of = {prompt.id: prompt for prompt in prompts}
+        self._columns = column_names(prompts)
 
     def calibrate(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
         """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,)."""
@@ -118,7 +127,9 @@ class TransformedReward:
                 where="TransformedReward",
                 mend="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
-        scores = self.source.score_rows(prompts, completions, prompt_id=prompt_id, **columns)
+        if self._prompt_of:
+            columns |= columns_of([self._prompt_of[i] for i in prompt_id], self._columns)
+        scores = self.source.score_rows(prompts, completions, **{**columns, "prompt_id": list(prompt_id)})
         rewards_B = scores.rewards
         if not np.isfinite(rewards_B).all():
             bad = np.flatnonzero(~np.isfinite(rewards_B))
