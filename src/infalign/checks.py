@@ -90,7 +90,9 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
         if recipe.beta is None or error.where != "kl_budget":
             raise
         raise InputError(
-            f"this KL coefficient cannot be planned with ({error.what})", where=f"beta {recipe.beta:g}", mend=error.mend
+            f"this KL coefficient cannot be planned with ({error.what})",
+            where=f"beta {recipe.beta:g}",
+            mend="Choose another, or give kl_budget",
         ) from error
     return kl, planned
 

@@ -99,20 +99,6 @@ def _samples(
     return samples
 
 
-def _spread(calibrator: RewardCalibrator, rewards_PG: np.ndarray, *, is_reference: bool) -> list[float]:
-    """Calibrated rewards for a histogram: each rank of the K + 1 drawn evenly over its own share of [0, 1].
-
-    With K references only K + 1 ranks occur; as they are, they would show as a comb.
-    """
-    num_ref = rewards_PG.shape[1]
-    if is_reference:  # compared with the other K − 1
-        ranks, num_ref = np.asarray(calibrator.calibrate_references()) * (num_ref - 1), num_ref - 1
-    else:
-        ranks = calibrator.ranks(rewards_PG)
-    spread = np.random.default_rng(0).random(ranks.shape)
-    return ((ranks + spread) / (num_ref + 1)).ravel().tolist()
-
-
 def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _lines(path)]
 
