@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from enumerable import PROMPTS, TOKENS, Testbed
 
 from infalign.errors import InputError, RewardError, TrainingError
 from infalign.rollouts.models import load_policy
@@ -14,6 +13,7 @@ from infalign.rollouts.rewards import FunctionReward
 from infalign.training.online import align, last_checkpoint, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.transforms import Exponential, Identity
+from tests.training.enumerable import PROMPTS, TOKENS, Testbed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
