@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from infalign.errors import InputError
 from infalign.estimators import (
@@ -19,6 +20,7 @@ from infalign.estimators import (
     mean_estimate,
     paired_difference,
     sequence_kl,
+    share_estimate,
     useful_kl,
     win_rate,
     win_rates,
@@ -380,3 +382,16 @@ class TestUsefulKL:
 def test_estimates_read_well():
     text = repr(Estimate(0.5, 0.01, (0.48, 0.52), np.zeros(10), 0.95))
     assert text == "Estimate(0.5000 ± 0.0100, 95% interval 0.4800 to 0.5200, 10 prompts)"
+
+
+def test_a_share_has_the_score_interval_of_its_prompts():
+    # Textbook value (Wilson, z = t with 9 degrees of freedom): 3 of 10 prompts, each all or nothing.
+    share = share_estimate([1.0] * 3 + [0.0] * 7)
+    effective = 9.0  # W(1 − W) / SE² with the sample variance
+    t_squared = stats.t.ppf(0.975, 9) ** 2
+    ends = np.roots([1 + t_squared / effective, -(0.6 + t_squared / effective), 0.09])
+    np.testing.assert_allclose(share.confidence_interval, sorted(ends), rtol=1e-12)
+    assert share_estimate([0.0] * 30).confidence_interval[0] == 0.0
+    assert 0.1 < share_estimate([0.0] * 30).confidence_interval[1] < 0.15
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        share_estimate([0.5, 1.2])

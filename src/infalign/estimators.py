@@ -99,6 +99,39 @@ def mean_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estimat
     return Estimate(estimate, standard_error, (estimate - margin, estimate + margin), values, confidence)
 
 
+def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Mean of one share in [0, 1] per prompt with Wilson's interval at the effective number of prompts; see `WinRate`.
+
+    With one prompt the standard error is NaN and the interval [0, 1].
+
+    Args:
+        per_prompt: (P,) independent shares.
+        confidence: Level of the interval, between 0 and 1.
+
+    Raises:
+        InputError: If a share is not finite or lies outside [0, 1], or there is none.
+    """
+    values = _checked(per_prompt, "per_prompt", axes="P")
+    if values.min() < 0 or values.max() > 1:
+        raise InputError("shares must lie in [0, 1]", where="per_prompt")
+    num_prompts = values.size
+    estimate, standard_error, _ = _mean_and_margin(values, confidence)
+    variance = estimate * (1 - estimate)
+    if num_prompts == 1:
+        interval = (0.0, 1.0)
+    elif standard_error == 0 and variance > 1e-12:
+        interval = (estimate, estimate)
+    else:
+        effective = num_prompts if standard_error == 0 else variance / standard_error**2
+        t_squared = float(stdtrit(num_prompts - 1, 0.5 + confidence / 2)) ** 2
+        centre = (estimate + t_squared / (2 * effective)) / (1 + t_squared / effective)
+        half = math.sqrt(t_squared * variance / effective + (t_squared / (2 * effective)) ** 2) / (
+            1 + t_squared / effective
+        )
+        interval = (max(0.0, centre - half), min(1.0, centre + half))
+    return Estimate(estimate, standard_error, interval, values, confidence)
+
+
 def win_rate(
     rewards_PG: ArrayLike,
     ref_rewards_PK: ArrayLike,
@@ -452,23 +485,10 @@ def _merged_ranks(sorted_PG: FloatArray, sorted_ref_PK: FloatArray) -> tuple[Int
 
 
 def _win_rate_interval(per_prompt: FloatArray, procedure: InferenceProcedure, confidence: float) -> WinRate:
-    """Wilson's interval with the effective number of prompts; see `WinRate`."""
-    num_prompts = per_prompt.size
-    estimate, standard_error, _ = _mean_and_margin(per_prompt, confidence)
-    variance = estimate * (1 - estimate)
-    if num_prompts == 1:
-        interval = (0.0, 1.0)
-    elif standard_error == 0 and variance > 1e-12:
-        interval = (estimate, estimate)
-    else:
-        effective = num_prompts if standard_error == 0 else variance / standard_error**2
-        t_squared = float(stdtrit(num_prompts - 1, 0.5 + confidence / 2)) ** 2
-        centre = (estimate + t_squared / (2 * effective)) / (1 + t_squared / effective)
-        half = math.sqrt(t_squared * variance / effective + (t_squared / (2 * effective)) ** 2) / (
-            1 + t_squared / effective
-        )
-        interval = (max(0.0, centre - half), min(1.0, centre + half))
-    return WinRate(estimate, standard_error, interval, per_prompt, confidence, procedure.label)
+    share = share_estimate(per_prompt, confidence=confidence)
+    return WinRate(
+        share.estimate, share.standard_error, share.confidence_interval, per_prompt, confidence, procedure.label
+    )
 
 
 def _mean_and_margin(values: FloatArray, confidence: float) -> tuple[float, float, float]:

@@ -99,8 +99,15 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         InputError: If there are no results, a label is unknown, or the extra `report` is not installed.
         StorageError: If the file cannot be written.
     """
-    path = Path(path)
-    text = render(data)
+    return write_page(Path(path), render(data))
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page whole or not at all; its folder is made if need be.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A page that was cut off half-way must not stand in for a whole one.
@@ -114,8 +121,17 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     return path
 
 
-def render(data: ReportData) -> str:
-    """The page as text; see `write_report`."""
+def render_page(template: str, script: str, **content: Any) -> str:
+    """A self-contained page: a template with the shared style, Plotly, and `page.js` before the page's own script.
+
+    Args:
+        template: Name of the template in `templates/`.
+        script: Name of the page's script there.
+        **content: What the template shows.
+
+    Raises:
+        InputError: If the extra `report` is not installed.
+    """
     try:
         import jinja2
         from plotly.offline import get_plotlyjs
@@ -123,14 +139,6 @@ def render(data: ReportData) -> str:
         raise InputError(
             f"{error.name} is not installed", mend="Install it with: pip install 'infalign[report]'"
         ) from error
-    if not data.results:
-        raise InputError("there is no result to report", mend="Evaluate at least one method")
-
-    results = list(data.results)
-    comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []
-    columns = data.columns()
-    look = figures.styles([result.label for result in results])
-    samples, left_out = _samples(data)
     loader = jinja2.PackageLoader("infalign.report", "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -140,7 +148,27 @@ def render(data: ReportData) -> str:
     def asset(name: str) -> str:
         return loader.get_source(environment, name)[0]
 
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
+        css=asset("report.css"),
+        script=f"{asset('page.js')}\n{asset(script)}",
+        plotly=get_plotlyjs(),
+        **content,
+    )
+
+
+def render(data: ReportData) -> str:
+    """The page as text; see `write_report`."""
+    if not data.results:
+        raise InputError("there is no result to report", mend="Evaluate at least one method")
+
+    results = list(data.results)
+    comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []
+    columns = data.columns()
+    look = figures.styles([result.label for result in results])
+    samples, left_out = _samples(data)
+    return render_page(
+        "report.html.j2",
+        "report.js",
         data=data,
         results=results,
         columns=columns,
@@ -156,9 +184,6 @@ def render(data: ReportData) -> str:
         samples_left_out=left_out,
         settings=_flat(data.settings),
         plan=_flat({key: value for key, value in (data.plan or {}).items() if key in ("best", "procedure")}),
-        css=asset("report.css"),
-        script=asset("report.js"),
-        plotly=get_plotlyjs(),
     )
 
 
