@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.run import MethodResult
+from infalign.evaluation.results import MethodResult
 from infalign.report.figures import save_frontier_png
 
 TARGET = Path(__file__).parent.parent / "docs" / "figures" / "quickstart_frontier.png"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
 from infalign.errors import InfalignError, StorageError
-from infalign.evaluation.run import MethodResult
+from infalign.evaluation.results import MethodResult
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
 from infalign.report.calibration_display import calibration_lines

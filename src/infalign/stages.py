@@ -17,7 +17,9 @@ from infalign.calibration_report import calibration_report
 from infalign.checks import plan_transforms
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
-from infalign.evaluation.run import MethodResult, compare, measure
+from infalign.evaluation.compare import compare
+from infalign.evaluation.measure import measure
+from infalign.evaluation.results import MethodResult
 from infalign.inputs import split_prompts, testbed_text
 from infalign.recipe import Recipe
 from infalign.report.build import build_report

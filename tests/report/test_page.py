@@ -14,8 +14,10 @@ import pytest
 
 from infalign.errors import InputError, StorageError
 from infalign.estimators import mean_estimate
+from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.run import Measured, compare, measure
+from infalign.evaluation.measure import measure
+from infalign.evaluation.results import Measured
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report import figures
 from infalign.report.page import ReportData, markdown_table, write_report

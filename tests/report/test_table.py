@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 
-from infalign.evaluation.run import compare, measure
+from infalign.evaluation.compare import compare
+from infalign.evaluation.measure import measure
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report.table import text_table
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from infalign.errors import InputError
 from infalign.estimators import Difference, Estimate, difference_estimate, mean_estimate
-from infalign.evaluation.run import MethodResult, limit_within_reach
+from infalign.evaluation.results import MethodResult
 from infalign.procedures import procedure_from_dict
+from infalign.theory.plan import limit
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Frontier:
     Attributes:
         procedure: Label of the procedure.
         points: One point for each method, as measured.
-        limit_kls: KLs in nats at which the limit was computed, from 0; empty where the procedure
-            could not be stored or the KLs are beyond what the theory can compute.
+        limit_kls: KLs in nats at which the limit was computed, from 0; empty where the procedure could not be stored.
         limit_win_rates: Best win rate at each of them.
     """
 
@@ -77,14 +77,12 @@ def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_point
             )
         )
     spec = results[0].of(procedure).spec
-    if spec is not None:
-        furthest = max(point.kl for point in points)
-        for reach in (1.15 * max(point.kl_high for point in points), furthest):
-            # The limit rises like √KL from the origin: points evenly spaced in √KL draw it smoothly.
-            kls = [float(kl) for kl in reach * np.linspace(0, 1, num_limit_points)[1:] ** 2]
-            win_rates = limit_within_reach(procedure_from_dict(spec), kls)
-            if win_rates is not None:
-                return Frontier(procedure, points, [0.0, *kls], [0.5, *win_rates])
+    reach = 1.15 * max(point.kl_high for point in points)
+    if spec is not None and reach > 0:
+        # The limit rises like √KL from the origin: points evenly spaced in √KL draw it smoothly.
+        kls = reach * np.linspace(0, 1, num_limit_points) ** 2
+        win_rates = limit(procedure_from_dict(spec), kls)
+        return Frontier(procedure, points, [float(kl) for kl in kls], [float(rate) for rate in win_rates])
     return Frontier(procedure, points, [], [])
 
 

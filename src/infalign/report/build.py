@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infalign.calibration import RewardCalibrator
-from infalign.evaluation.run import MethodResult
+from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.page import ReportData, write_report
 from infalign.rollouts.store import RolloutStore

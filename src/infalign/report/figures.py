@@ -16,7 +16,7 @@ import numpy as np
 
 from infalign.errors import InputError, StorageError
 from infalign.evaluation.frontier import Frontier
-from infalign.evaluation.run import MethodResult
+from infalign.evaluation.results import MethodResult
 
 Figure = dict[str, Any]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, StorageError
+from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.run import MethodResult, compare
+from infalign.evaluation.results import MethodResult
 from infalign.report import figures
 from infalign.report.words import cautions, markdown_table, methods_paragraph, nats, percent, verdict
 

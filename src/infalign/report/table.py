@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infalign.evaluation.run import Measured, MethodResult
+from infalign.evaluation.results import Measured, MethodResult
 
 
 def text_table(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from infalign.estimators import difference_estimate, holm
-from infalign.evaluation.run import Comparison, Measured, MethodResult
+from infalign.evaluation.compare import Comparison
+from infalign.evaluation.results import Measured, MethodResult
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequen
     Args:
         results: Methods.
         procedure: Label of the procedure the user deploys.
-        comparisons: From `infalign.evaluation.run.compare`; those of other procedures are left out.
+        comparisons: From `infalign.evaluation.compare.compare`; those of other procedures are left out.
     """
     findings: list[Finding] = []
     wins = [result.of(procedure).win_rate for result in results]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from infalign.errors import InputError, MismatchError
+from infalign.evaluation.compare import compare, matched_difference
 from infalign.evaluation.frontier import difference_at, frontier, win_rate_at
-from infalign.evaluation.run import MethodResult, compare, matched_difference, measure
+from infalign.evaluation.measure import measure
+from infalign.evaluation.results import MethodResult
 from infalign.procedures import BestOfN, Standard, WorstOfN
 
 PROCEDURES = [Standard(), BestOfN(4), WorstOfN(4)]

@@ -1,0 +1,138 @@
+"""What one aligned model achieved: orchestration over arrays, no model in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from infalign.errors import InputError
+from infalign.estimators import Estimate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
+from infalign.evaluation.results import Measured, MethodResult, ProcedureResult, known
+from infalign.procedures import InferenceProcedure
+from infalign.theory.plan import limit
+
+
+def measure(
+    label: str,
+    rewards_PG: ArrayLike,
+    ref_rewards_PK: ArrayLike,
+    log_ratios_PG: ArrayLike,
+    procedures: Sequence[InferenceProcedure],
+    *,
+    reward: str = "reward",
+    judges: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    lengths_PG: ArrayLike | None = None,
+    ref_lengths_PK: ArrayLike | None = None,
+    truncated_PG: ArrayLike | None = None,
+    ref_truncated_PK: ArrayLike | None = None,
+    prompt_ids: Sequence[str] | None = None,
+    confidence: float = 0.95,
+) -> MethodResult:
+    """Measure one method on held-out prompts from fresh responses of policy and reference.
+
+    Args:
+        label: The method's name.
+        rewards_PG: (P, G) rewards of policy responses.
+        ref_rewards_PK: (P, K) rewards of reference responses, never those that calibrated the training reward.
+        log_ratios_PG: (P, G) log π − log p of the policy responses, summed over the response, end token included, in
+            nats; or the sum of exact per-token KLs.
+        procedures: Procedures to judge by, each with n at most min(G, K).
+        reward: Name of the reward, by which procedures choose.
+        judges: Further rewards that training never saw, name → (P, G) and (P, K) scores of the same responses.
+        lengths_PG: (P, G) lengths of policy responses.
+        ref_lengths_PK: (P, K) lengths of reference responses.
+        truncated_PG: (P, G) True where a policy response was cut off before its end.
+        ref_truncated_PK: (P, K) the same for the reference.
+        prompt_ids: P names.
+        confidence: Level of every interval.
+
+    Raises:
+        InputError: If arrays do not fit together, a value is missing, or there are fewer samples than some n.
+    """
+    rewards_PG, ref_rewards_PK = np.asarray(rewards_PG, np.float64), np.asarray(ref_rewards_PK, np.float64)
+    log_ratios_PG = np.asarray(log_ratios_PG, np.float64)
+    rates = win_rates(rewards_PG, ref_rewards_PK, procedures, confidence=confidence)
+    for name, array, like in (
+        ("log_ratios_PG", log_ratios_PG, rewards_PG),
+        ("lengths_PG", lengths_PG, rewards_PG),
+        ("truncated_PG", truncated_PG, rewards_PG),
+        ("ref_lengths_PK", ref_lengths_PK, ref_rewards_PK),
+        ("ref_truncated_PK", ref_truncated_PK, ref_rewards_PK),
+    ):
+        if array is not None and np.shape(array) != like.shape:
+            raise InputError(
+                f"one value for each response is needed, {like.shape}, not {np.shape(array)}", where=f"{label}: {name}"
+            )
+    if prompt_ids is not None and len(prompt_ids) != len(rewards_PG):
+        raise InputError(f"{len(prompt_ids)} names for {len(rewards_PG)} prompts", where=f"{label}: prompt_ids")
+    judged = {
+        name: win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=scores, confidence=confidence)
+        for name, scores in (judges or {}).items()
+    }
+    kl = sequence_kl(log_ratios_PG, confidence=confidence)
+    useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
+    # A ratio to a KL that may be zero says nothing.
+    efficiency = efficiency_of(useful, kl) if kl.confidence_interval[0] > 0 else None
+    return MethodResult(
+        label=label,
+        reward=reward,
+        num_prompts=rewards_PG.shape[0],
+        num_samples=rewards_PG.shape[1],
+        num_ref_samples=ref_rewards_PK.shape[1],
+        confidence=confidence,
+        kl=Measured.of(kl),
+        useful_kl=Measured.of(useful),
+        kl_efficiency=None if efficiency is None else efficiency.efficiency,
+        kl_efficiency_error=None if efficiency is None else known(efficiency.standard_error),
+        procedures=[
+            _procedure_result(
+                procedure, rates[i], kl, {name: Measured.of(values[i]) for name, values in judged.items()}
+            )
+            for i, procedure in enumerate(procedures)
+        ],
+        tie_share=_tie_share(rewards_PG, ref_rewards_PK),
+        mean_length=_mean(lengths_PG),
+        ref_mean_length=_mean(ref_lengths_PK),
+        truncated_share=_mean(truncated_PG),
+        ref_truncated_share=_mean(ref_truncated_PK),
+        prompt_ids=None if prompt_ids is None else [str(name) for name in prompt_ids],
+    )
+
+
+def _procedure_result(
+    procedure: InferenceProcedure, rate: Estimate, kl: Estimate, judged: dict[str, Measured]
+) -> ProcedureResult:
+    """Win rate, limit at the measured KL, and the share of the limit's gain that was reached."""
+    best = captured = None
+    if kl.estimate > 0:  # below the reference's own KL there is nothing to be had
+        step = 0.01 * kl.estimate
+        below, best, above = (float(value) for value in limit(procedure, kl.estimate + step * np.array([-1, 0, 1])))
+        gain = best - 0.5
+        if gain > 0:
+            share = (rate.estimate - 0.5) / gain
+            slope = (above - below) / (2 * step)
+            influence_P = (
+                share + ((rate.per_prompt - rate.estimate) - share * slope * (kl.per_prompt - kl.estimate)) / gain
+            )
+            captured = Measured.of(mean_estimate(influence_P, confidence=rate.confidence))
+    try:
+        spec = procedure.to_dict()
+    except InputError:  # a user's own procedure need not be storable
+        spec = None
+    return ProcedureResult(procedure.label, procedure.n, spec, Measured.of(rate), best, captured, judged)
+
+
+def _tie_share(rewards_PG: np.ndarray, ref_rewards_PK: np.ndarray) -> float:
+    """Share of policy-reference pairs of one prompt with equal reward."""
+    ties = sum(
+        int((np.searchsorted(ref, ours, "right") - np.searchsorted(ref, ours, "left")).sum())
+        for ours, ref in zip(rewards_PG, np.sort(ref_rewards_PK, axis=1), strict=True)
+    )
+    return ties / (rewards_PG.size * ref_rewards_PK.shape[1])
+
+
+def _mean(values: ArrayLike | None) -> float | None:
+    """Mean, or None where nothing was given."""
+    return None if values is None else float(np.mean(np.asarray(values, np.float64)))
