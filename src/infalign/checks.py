@@ -18,7 +18,8 @@ from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
-from infalign.training.online import check_training, refuse_adapter
+from infalign.training.online import check_training
+from infalign.training.running import refuse_adapter
 from infalign.training.self_consistent import SelfConsistentTransform
 
 

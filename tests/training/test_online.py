@@ -10,8 +10,9 @@ from datasets import Dataset
 from infalign.errors import InputError, RewardError, TrainingError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.rewards import FunctionReward
-from infalign.training.online import align, last_checkpoint, refuse_changed_objective
+from infalign.training.online import align, refuse_changed_objective
 from infalign.training.reward import TransformedReward
+from infalign.training.running import last_checkpoint
 from infalign.transforms import Exponential, Identity
 from tests.training.enumerable import PROMPTS, TOKENS, Testbed
 

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
@@ -32,6 +32,15 @@ from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
 from infalign.training.landing import Landing, land
 from infalign.training.reward import TransformedReward
+from infalign.training.running import (
+    ADVICE,
+    STATE,
+    last_checkpoint,
+    lora_config,
+    out_of_memory,
+    refuse_adapter,
+    run_trainer,
+)
 
 # Settings that would change the objective; the recipe cannot pass them on to RLOOConfig.
 FIXED = {
@@ -81,8 +90,6 @@ ELSEWHERE = {
     "resume_from_checkpoint": "the run folder, by running again,",
     "trust_remote_code": "policy.trust_remote_code",
 }
-
-_ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def align(
     )
     checkpoint = last_checkpoint(out / "checkpoints")
     callback.restore(checkpoint)
-    _train(trainer, checkpoint)
+    run_trainer(trainer, checkpoint)
     trainer.save_model(str(out / "model"))
     (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
     tokenizer.save_pretrained(str(out / "model"))
@@ -239,20 +246,6 @@ def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_adapter(policy: str | Path) -> None:
-    """An adapter cannot be where training starts.
-
-    Raises:
-        InputError: Always, with the mend.
-    """
-    raise InputError(
-        "this is an adapter; alignment starts from full weights",
-        where=f"policy.model {policy}",
-        mend="Merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload()"
-        ".save_pretrained(…), and save the tokenizer beside it",
-    )
-
-
 def check_training(
     *,
     steps: int,
@@ -271,7 +264,7 @@ def check_training(
     """
     refuse_changed_objective(rloo)
     if lora is not None:
-        _lora_config(lora)
+        lora_config(lora)
     _rloo_config(
         Path("checkpoints"),
         steps=steps,
@@ -284,19 +277,6 @@ def check_training(
         trust_remote_code=False,
         overrides=rloo,
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; ones cut short while being written are skipped."""
-    while folder.is_dir():
-        newest = get_last_checkpoint(str(folder))
-        if newest is None:
-            return None
-        # The steering state is the last file written for a checkpoint.
-        if (Path(newest) / _Steering.STATE).exists() and (Path(newest) / "trainer_state.json").exists():
-            return Path(newest)
-        shutil.rmtree(newest)
-    return None
 
 
 def _rloo_config(
@@ -360,40 +340,6 @@ def _rloo_config(
         raise InputError(str(error), where="training.rloo", mend="See TRL's RLOOConfig for the fields") from error
 
 
-def _train(trainer: RLOOTrainer, checkpoint: Path | None) -> None:
-    """Train, telling apart the failures that a setting can mend; checkpoints made so far stay."""
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory() from error
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise TrainingError(
-            "the policy's probabilities are no longer finite", where="training", mend=_ADVICE
-        ) from error
-    assert trainer.model is not None, "it has just been trained"
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
-        raise TrainingError("the policy's weights are no longer finite", where="training", mend=_ADVICE)
-
-
-def _out_of_memory() -> TrainingError:
-    return TrainingError(
-        "the device ran out of memory",
-        where="training",
-        mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
-    )
-
-
-def _lora_config(lora: Mapping[str, Any]) -> Any:
-    from peft import LoraConfig
-
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
-
-
 def _make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -411,10 +357,10 @@ def _make_trainer(
             train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=[callback],
-            peft_config=None if lora is None else _lora_config(lora),
+            peft_config=None if lora is None else lora_config(lora),
         )
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory() from error
+        raise out_of_memory() from error
     except (ImportError, ValueError, RuntimeError) as error:  # a package that a setting needs, a module not found …
         raise InputError(
             f"the trainer does not take these settings ({str(error).strip()})",
@@ -443,8 +389,6 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
 class _Steering(TrainerCallback):
     """Reads the step's sequence KL, steers β, records the step, and keeps its state with the checkpoints."""
 
-    STATE = "infalign_state.json"
-
     def __init__(
         self,
         reward: TransformedReward,
@@ -463,7 +407,7 @@ class _Steering(TrainerCallback):
     def restore(self, checkpoint: Path | None) -> None:
         """Go on from a checkpoint (or start afresh)."""
         if checkpoint is not None:
-            state = json.loads((checkpoint / self.STATE).read_text())
+            state = json.loads((checkpoint / STATE).read_text())
             self.reward.load_state(state["reward"])
             self.steps = [TrainingStep(**step) for step in state["steps"]]
             if self.controller is not None:
@@ -479,7 +423,7 @@ class _Steering(TrainerCallback):
             raise TrainingError(
                 f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
                 where="training",
-                mend=_ADVICE,
+                mend=ADVICE,
             )
         self.steps.append(
             TrainingStep(
@@ -510,9 +454,9 @@ class _Steering(TrainerCallback):
                 "steps": [asdict(step) for step in self.steps],
                 "controller": None if self.controller is None else self.controller.state(),
             }
-            temporary = checkpoint / (self.STATE + ".tmp")
+            temporary = checkpoint / (STATE + ".tmp")
             temporary.write_text(json.dumps(content))
-            temporary.replace(checkpoint / self.STATE)
+            temporary.replace(checkpoint / STATE)
 
     def _write_steps(self) -> None:
         self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))

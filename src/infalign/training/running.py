@@ -1,0 +1,86 @@
+"""What every solver shares around a Hugging Face `Trainer`: adapters, checkpoints, failures that a setting mends."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from infalign.errors import InputError, TrainingError
+
+STATE = "infalign_state.json"  # what a solver keeps beside the trainer's own checkpoint, written last
+ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
+
+
+def refuse_adapter(policy: str | Path) -> None:
+    """An adapter cannot be where training starts.
+
+    Raises:
+        InputError: Always, with the mend.
+    """
+    raise InputError(
+        "this is an adapter; alignment starts from full weights",
+        where=f"policy.model {policy}",
+        mend="Merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload()"
+        ".save_pretrained(…), and save the tokenizer beside it",
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`; ones cut short while being written are skipped."""
+    while folder.is_dir():
+        newest = get_last_checkpoint(str(folder))
+        if newest is None:
+            return None
+        # Our own state is the last file written for a checkpoint.
+        if (Path(newest) / STATE).exists() and (Path(newest) / "trainer_state.json").exists():
+            return Path(newest)
+        shutil.rmtree(newest)
+    return None
+
+
+def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, telling apart the failures that a setting can mend; checkpoints made so far stay.
+
+    Raises:
+        TrainingError: The policy stopped being finite, or the device ran out of memory.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory() from error
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise TrainingError("the policy's probabilities are no longer finite", where="training", mend=ADVICE) from error
+    assert trainer.model is not None, "it has just been trained"
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
+        raise TrainingError("the policy's weights are no longer finite", where="training", mend=ADVICE)
+
+
+def out_of_memory() -> TrainingError:
+    """What to do when the device has no more memory."""
+    return TrainingError(
+        "the device ran out of memory",
+        where="training",
+        mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
+    )
+
+
+def lora_config(lora: Mapping[str, Any]) -> Any:
+    """A `peft.LoraConfig` for a causal language model.
+
+    Raises:
+        InputError: A field is unknown or unusable.
+    """
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
