@@ -8,7 +8,6 @@ coefficient is 1.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,83 +25,21 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from infalign.data import Prompt
-from infalign.errors import InputError, TrainingError
+from infalign.errors import InputError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
 from infalign.training.landing import Landing, land
+from infalign.training.objective import FIXED, RELIED_ON, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.training.running import (
-    ADVICE,
-    STATE,
     last_checkpoint,
     lora_config,
     out_of_memory,
     refuse_adapter,
     run_trainer,
 )
-
-# Settings that would change the objective; the recipe cannot pass them on to RLOOConfig.
-FIXED = {
-    "beta": 1.0,  # the reward is Φ/β, in nats
-    "normalize_advantages": False,  # would cancel the scale of Φ, and with it β
-    "reward_clip_range": None,
-    "num_iterations": 1,  # rollouts are those of the policy being updated
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-    "disable_dropout": True,
-    "mask_truncated_completions": False,  # a truncated response is a response: it was calibrated as one
-    "remove_unused_columns": False,
-    "sync_ref_model": False,
-    "shuffle_dataset": False,  # the order is drawn beforehand, so that a resumed training sees the same one
-    "reward_weights": None,
-    "generation_kwargs": None,  # rollouts follow the policy itself
-    "chat_template_kwargs": None,  # the prompts are those of the calibration
-    "model_init_kwargs": None,  # would load the trainer's reference otherwise than the policy
-}
-
-# Settings that steering the KL and going on after a stop rely on.
-RELIED_ON = {
-    "logging_strategy": "steps",  # the KL is steered by what every step logs
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "load_best_model_at_end": False,
-    "ignore_data_skip": False,
-    "auto_find_batch_size": False,
-}
-
-# `RLOOConfig` fields that the recipe sets elsewhere, and where.
-ELSEWHERE = {
-    "output_dir": "--out",
-    "max_steps": "training.steps",
-    "num_train_epochs": "training.steps",
-    "learning_rate": "training.learning_rate",
-    "num_generations": "training.num_generations",
-    "per_device_train_batch_size": "training.prompts_per_step",
-    "generation_batch_size": "training.prompts_per_step",
-    "max_completion_length": "rollouts.max_new_tokens",
-    "save_steps": "training.save_steps",
-    "seed": "seed",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "the run folder, by running again,",
-    "trust_remote_code": "policy.trust_remote_code",
-}
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """What one optimiser step saw, averaged over its rollouts."""
-
-    step: int
-    kl: float  # sequence KL, nats
-    beta: float
-    calibrated_reward: float
-    raw_reward: float
-    mean_length: float
-    truncated: float
+from infalign.training.steering import Steering, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -174,7 +111,7 @@ def align(
         refuse_adapter(policy)
     reward.take_columns_from(prompts)
     controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
-    callback = _Steering(reward, controller, out / "steps.jsonl", steps, progress)
+    callback = Steering(reward, controller, out / "steps.jsonl", steps, progress)
     trainer = _make_trainer(
         model,
         tokenizer,
@@ -213,37 +150,6 @@ def align(
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
     _write_result(result, out)
     return result
-
-
-def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
-    """Refuse `RLOOConfig` fields under which the trainer would optimise something else, or that the recipe sets.
-
-    Raises:
-        InputError: Naming the first such field and why.
-    """
-    for name, value in rloo.items():
-        if name in ELSEWHERE:
-            raise InputError(f"{name} is not set here", where="training.rloo", mend=f"Set {ELSEWHERE[name]} instead")
-        if name in RELIED_ON and value != RELIED_ON[name]:
-            raise InputError(
-                f"{name}={value!r}, but the training relies on {name}={RELIED_ON[name]!r}",
-                where="training.rloo",
-                mend=f"Remove {name}",
-            )
-        if name in FIXED and value != FIXED[name]:
-            raise InputError(
-                f"{name}={value!r} would change the objective, which needs {name}={FIXED[name]!r}",
-                where="training.rloo",
-                mend=f"Remove {name}",
-            )
-    generation, accumulation = rloo.get("steps_per_generation"), rloo.get("gradient_accumulation_steps", 1)
-    if generation is not None and generation != accumulation:
-        raise InputError(
-            f"steps_per_generation={generation} with gradient_accumulation_steps={accumulation} would train on "
-            "rollouts of an older policy",
-            where="training.rloo",
-            mend="Make the two equal, or remove steps_per_generation",
-        )
 
 
 def check_training(
@@ -384,82 +290,6 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])
-
-
-class _Steering(TrainerCallback):
-    """Reads the step's sequence KL, steers β, records the step, and keeps its state with the checkpoints."""
-
-    def __init__(
-        self,
-        reward: TransformedReward,
-        controller: KLController | None,
-        record: Path,
-        total_steps: int,
-        progress: Progress | None,
-    ) -> None:
-        self.reward = reward
-        self.controller = controller
-        self.record = record
-        self.total_steps = total_steps
-        self.progress = progress
-        self.steps: list[TrainingStep] = []
-
-    def restore(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint (or start afresh)."""
-        if checkpoint is not None:
-            state = json.loads((checkpoint / STATE).read_text())
-            self.reward.load_state(state["reward"])
-            self.steps = [TrainingStep(**step) for step in state["steps"]]
-            if self.controller is not None:
-                self.controller = KLController(**state["controller"])
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """After each optimiser step."""
-        if logs is None or "kl" not in logs:
-            return
-        # TRL logs Σ log-ratios / Σ tokens and the mean length: their product is the mean over sequences.
-        kl = logs["kl"] * logs["completions/mean_length"]
-        if not math.isfinite(kl) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise TrainingError(
-                f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
-                where="training",
-                mend=ADVICE,
-            )
-        self.steps.append(
-            TrainingStep(
-                step=state.global_step,
-                kl=kl,
-                beta=self.reward.beta,
-                calibrated_reward=logs["calibrated_reward"],
-                raw_reward=logs["raw_reward"],
-                mean_length=logs["completions/mean_length"],
-                truncated=logs["completions/clipped_ratio"],
-            )
-        )
-        if self.controller is not None:
-            self.reward.beta = self.controller.update(kl)
-        if state.is_world_process_zero:
-            self._write_steps()
-        if self.progress is not None:
-            last = self.steps[-1]
-            text = f"KL {last.kl:.2f}  calibrated reward {last.calibrated_reward:.3f}  beta {last.beta:.3g}"
-            self.progress(state.global_step, self.total_steps, text)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Beside the trainer's own checkpoint."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            content = {
-                "reward": self.reward.state(),
-                "steps": [asdict(step) for step in self.steps],
-                "controller": None if self.controller is None else self.controller.state(),
-            }
-            temporary = checkpoint / (STATE + ".tmp")
-            temporary.write_text(json.dumps(content))
-            temporary.replace(checkpoint / STATE)
-
-    def _write_steps(self) -> None:
-        self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
 
 
 def _write_result(result: AlignmentResult, out: Path) -> None:
