@@ -10,9 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from infalign.calibration import RewardCalibrator
 from infalign.errors import MismatchError, RewardError, StorageError
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
+from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RunFolder
 from infalign.testbed.toy import random_llama
 
@@ -39,6 +41,12 @@ def broken(prompts, completions):
 
 def short(prompts, completions):
     return [1.0] * (len(completions) - 1)
+
+def short_is_good(prompts, completions):
+    return [-1e6 * len(text) for text in completions]
+
+def sometimes(prompts, completions):
+    return [None if sum(map(ord, text)) % 29 == 0 else float(len(text)) for text in completions]
 
 def constant(prompts, completions):
     return [1.0] * len(completions)
@@ -235,3 +243,33 @@ def test_killed_again_and_again_it_ends_with_the_same_table(job, finished, tmp_p
     finishing = subprocess.run(command, cwd=job, env=environment, capture_output=True, text=True)
     assert finishing.returncode == 0, finishing.stderr
     assert json.loads(finishing.stdout)["results"] == result["results"]
+
+
+def test_several_rewards_are_combined_after_calibration(job, tmp_path):
+    """What is trained on and judged by is the mean of quantiles, in which a scale of a million counts nothing."""
+    rewards = "[{function: 'tiny_rewards:vowels'}, {function: 'tiny_rewards:short_is_good', weight: 2}]"
+    result, recorder = run(job, tmp_path / "run", f"reward={rewards}")
+    assert "Calibrate the rewards on held-out prompts" in recorder.done
+    store = RolloutStore.read(tmp_path / "run" / "rollouts" / "evaluation-reference")
+    combined = next(key for key in store.reward_sources if key.startswith("combined"))
+    ids = sorted(store.present())
+    score_PK = store.rewards_PK(combined, ids, 4)
+    assert ((score_PK >= 0) & (score_PK <= 1)).all()
+    assert len(store.reward_sources) == 3
+    assert result["results"][0]["reward"].startswith("1 × tiny_rewards:vowels")
+    assert (tmp_path / "run" / "report.html").exists()
+    _, again = run(job, tmp_path / "run", f"reward={rewards}")
+    assert not again.done
+
+
+def test_unscored_rollouts_take_no_part_in_calibration(job, tmp_path):
+    """`sometimes` gives no reward to about 1 in 29: counted, reported, and never a number."""
+    settings = ["reward.function=tiny_rewards:sometimes", "rollouts.num_ref=16"]
+    recipe = load_recipe(job / "recipe.yaml", settings)
+    pipeline = Pipeline(recipe, tmp_path / "run", Recorder())
+    counts = pipeline.run("rollout")
+    assert 0 < counts["unscored"] < 0.05 * counts["rollouts"], "the seed gives some"
+    text = pipeline.run("calibrate")["text"]
+    assert f"{counts['unscored']} unscored rollouts take no part" in text
+    calibrator = RewardCalibrator.load(tmp_path / "run" / "calibration" / "calibrator")
+    assert calibrator.num_ref_P.sum() == counts["rollouts"] - counts["unscored"]

@@ -56,7 +56,7 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ("compare_with=[optimal]", r"compare_with repeats"),
         ("evaluation.num_samples=2", r"evaluation.num_samples is 2, but its procedures draw up to 4"),
         ("policy.model=null", r"policy\.model is missing"),
-        ("reward.model=x", r"give model or function, not both"),
+        ("reward.model=x", r"give one of model, function and url"),
         ("name=a/b", r"name: "),
         ("name=..", r"name: use letters"),
         ("training.steps=many", r"training\.steps: "),
@@ -130,3 +130,20 @@ def test_the_packaged_quickstart_recipe_is_valid():
 
     text = (resources.files("infalign") / "recipes" / "quickstart.yaml").read_text()
     assert parse(text).testbed is not None
+
+
+def test_one_reward_or_several(tmp_path):
+    several = MINIMAL.replace('{function: "rewards:score"}', '[{function: "rewards:score"}, {model: rm, weight: 3}]')
+    recipe = parse_recipe(several, where="r", folder=tmp_path, overrides=["reward.1.weight=2"])
+    assert [reward.weight for reward in recipe.reward] == [1.0, 2.0]
+    assert recipe.reward[1].model == "rm"
+    with pytest.raises(InputError, match=r"reward\.1\.wieght; did you mean weight"):
+        parse_recipe(several.replace("weight", "wieght"), where="r", folder=tmp_path)
+    with pytest.raises(InputError, match=r"unknown key reward\.modle; did you mean model"):
+        parse_recipe(MINIMAL, where="r", folder=tmp_path, overrides=["reward.modle=x"])
+    with pytest.raises(InputError, match=r"5 in reward\.5\.weight is not an entry"):
+        parse_recipe(several, where="r", folder=tmp_path, overrides=["reward.5.weight=2"])
+    with pytest.raises(InputError, match="each of several rewards"):
+        parse_recipe(several.replace("{model: rm, weight: 3}", "{}"), where="r", folder=tmp_path)
+    with pytest.raises(InputError, match="a url needs a name"):
+        parse_recipe(several.replace("model: rm", "url: 'http://localhost:1'"), where="r", folder=tmp_path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infalign.calibration import RefinedCalibrator, RewardCalibrator
     from infalign.calibration_report import CalibrationReport, calibration_report
+    from infalign.combined_calibration import CombinedCalibrator
     from infalign.errors import InfalignError, InputError, MismatchError, RewardError, StorageError, TrainingError
     from infalign.estimators import win_rate
     from infalign.fitted_procedure import FittedProcedure
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "infalign.calibration": ("RefinedCalibrator", "RewardCalibrator"),
     "infalign.calibration_report": ("CalibrationReport", "calibration_report"),
+    "infalign.combined_calibration": ("CombinedCalibrator",),
     "infalign.errors": (
         "InfalignError",
         "InputError",
@@ -95,6 +97,7 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "rank_conditional_tilt",
     "finite_k_prediction",
     "RewardCalibrator",
+    "CombinedCalibrator",
     "RefinedCalibrator",
     "CalibrationReport",
     "calibration_report",

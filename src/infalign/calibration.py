@@ -115,7 +115,7 @@ class RewardCalibrator:
             InputError: A reward is NaN or infinite, or the shapes or indices do not fit.
         """
         below, equal, num_ref = self._compare(rewards, prompt_index)
-        return _resolve_ties(below, equal, self.ties, self._rng) / num_ref
+        return resolve_ties(below, equal, self.ties, self._rng) / num_ref
 
     def ranks(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> FloatArray:
         """Ranks b in 0..K: how many of its prompt's references each reward beats.
@@ -124,7 +124,7 @@ class RewardCalibrator:
         Arguments and errors are those of `calibrate`.
         """
         below, equal, _ = self._compare(rewards, prompt_index)
-        return _resolve_ties(below, equal, self.ties, self._rng)
+        return resolve_ties(below, equal, self.ties, self._rng)
 
     def calibrate_references(self) -> FloatArray | list[FloatArray]:
         """Calibrated rewards of the references themselves, each against the K − 1 others of its prompt.
@@ -147,7 +147,7 @@ class RewardCalibrator:
             )
         prompt_R = np.repeat(np.arange(self.num_prompts), self.num_ref_P)
         below, equal, num_ref = self._compare(flat, prompt_R)
-        return self._shaped(_resolve_ties(below, equal - 1, self.ties, self._rng) / (num_ref - 1))
+        return self._shaped(resolve_ties(below, equal - 1, self.ties, self._rng) / (num_ref - 1))
 
     @property
     def tie_mass_P(self) -> FloatArray:  # noqa: N802
@@ -400,7 +400,8 @@ def _bisect(ordered: FloatArray, starts: IntArray, scores_B: FloatArray, index_B
     return base_B.astype(np.int64)
 
 
-def _resolve_ties(below: IntArray, equal: IntArray, ties: Ties, rng: np.random.Generator) -> FloatArray:
+def resolve_ties(below: IntArray, equal: IntArray, ties: Ties, rng: np.random.Generator) -> FloatArray:
+    """Ranks from how many are below and how many equal, by the tie rule."""
     if ties == "midrank":
         return below + 0.5 * equal
     if ties == "strict":

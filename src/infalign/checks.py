@@ -10,7 +10,7 @@ from typing import Any
 from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
-from infalign.recipe import Recipe, named_transform, transform_name
+from infalign.recipe import Recipe, Reward, named_transform, transform_name
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
@@ -147,18 +147,22 @@ def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
     Raises:
         InputError: If it cannot.
     """
-    reward = recipe.reward
+    for number, reward in enumerate(recipe.reward):
+        _check_one_reward(reward, prompts, "reward" if len(recipe.reward) == 1 else f"reward.{number}")
+
+
+def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -> None:
     if reward.function is not None:
         names = [*column_names(prompts), "prompt_id"]
         FunctionReward(reward.function).require_columns(names)
     elif reward.model is not None:
         from transformers import AutoTokenizer
 
-        where = f"reward.model {reward.model}"
+        where = f"{setting}.model {reward.model}"
         config = _model_config(reward.model, where, trust_remote_code=reward.trust_remote_code)
         if config.num_labels != 1:
             raise InputError(f"the model has {config.num_labels} outputs", where=where, mend="A reward model has one")
-        _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting="reward.allow_pickle")
+        _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting=f"{setting}.allow_pickle")
         try:
             tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=reward.trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:

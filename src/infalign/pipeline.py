@@ -152,6 +152,9 @@ class Pipeline:
         )
         plan, summary = stages.read_json("plan.json"), stages.read_json("calibration/summary.json")
         lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
+        if summary["unscored"]:
+            few = f"the prompt with the fewest has {summary['fewest_references']} references"
+            lines.append(f"{summary['unscored']} unscored rollouts take no part; {few}")
         if summary.get("report"):
             lines.extend(calibration_lines(CalibrationReport.from_dict(summary["report"])))
         for entry in plan["transforms"]:
@@ -199,6 +202,24 @@ class Pipeline:
         models = {"reference": (stages.reference, self._reference)}
         for planned in stages.planned():
             models[planned.name] = (str(stages.policy_folder(planned.name)), self._print_of(f"align-{planned.name}"))
+        combined: dict[str, Any] = {}
+        if stages.rewards.combined:
+            self._stage(
+                "evaluation-calibration",
+                "evaluate",
+                {
+                    "reference": self._reference,
+                    "prompts": self._print_of("prompts"),
+                    "reward": self._reward,
+                    **recipe.rollouts.model_dump(exclude={"batch_size"}),
+                    **recipe.calibration.model_dump(),
+                    "seed": recipe.seed,
+                },
+                ["rollouts/evaluation-calibration", "calibration-evaluation"],
+                stages.calibrate_evaluation,
+                title="Calibrate the rewards on held-out prompts",
+            )
+            combined = {"calibration": self._print_of("evaluation-calibration")}
         for number, (name, (model, made_by)) in enumerate(models.items(), start=1):
             self._stage(
                 f"evaluation-{name}",
@@ -211,6 +232,7 @@ class Pipeline:
                     "num_samples": recipe.evaluation.num_samples,
                     "max_new_tokens": recipe.rollouts.max_new_tokens,
                     "seed": recipe.seed,
+                    **combined,
                 },
                 [f"rollouts/evaluation-{name}"],
                 partial(stages.draw_for_evaluation, name, model, number),
@@ -270,9 +292,9 @@ class Pipeline:
                 title="Train the reference policy",
             )
             self._reference = self._print_of("reference")
-        if recipe.reward.model is not None or recipe.reward.function is not None:
-            settings = recipe.reward.model_dump(exclude={"batch_size"})
-            self._reward = fingerprint([stages.reward_source().key, settings])
+        if recipe.reward[0].given:
+            settings = [reward.model_dump(exclude={"batch_size"}) for reward in recipe.reward]
+            self._reward = fingerprint([stages.rewards.source().key, settings])
         else:
             settings = {"reference": self._reference, "testbed": testbed, "text": testbed_fingerprint(recipe)}
             self._stage(

@@ -132,10 +132,18 @@ class Policy(_Section):
 
 
 class Reward(_Section):
-    """What scores a response: a sequence-classification model, or a Python function `module:function`."""
+    """What scores a response: a sequence-classification model, a Python function `module:function`, or a server.
+
+    A server gets `{"prompts": [...], "completions": [...]}` and answers `{"rewards": [...]}`; `name` stands for what it
+    scores with, so give another one when that changes.
+    """
 
     model: str | None = None
     function: str | None = None
+    url: str | None = None
+    name: str | None = None
+    api_key_variable: str | None = None  # the environment variable that holds the server's key
+    weight: Positive = 1.0  # among several rewards, each on its own quantile scale
     batch_size: Count = 64
     max_length: Count | None = None
     trust_remote_code: bool = False
@@ -143,9 +151,26 @@ class Reward(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Reward:
-        if self.model is not None and self.function is not None:
-            raise ValueError("give model or function, not both")
+        if sum(source is not None for source in (self.model, self.function, self.url)) > 1:
+            raise ValueError("give one of model, function and url")
+        if self.url is not None and self.name is None:
+            raise ValueError("a url needs a name: it tells stored rewards of one server version from another's")
+        if self.url is None and (self.name is not None or self.api_key_variable is not None):
+            raise ValueError("name and api_key_variable belong to a url")
         return self
+
+    @property
+    def given(self) -> bool:
+        """Whether it names a source; only a testbed can do without."""
+        return self.model is not None or self.function is not None or self.url is not None
+
+
+def _as_list(value: Any) -> Any:
+    """One reward for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+Rewards = Annotated[list[Reward], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class Prompts(_Section):
@@ -206,7 +231,7 @@ class Recipe(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     testbed: Testbed | None = None
     policy: Policy = Policy()
-    reward: Reward = Reward()
+    reward: Rewards = [Reward()]  # one, or a list of several that are combined after calibration
     prompts: Prompts = Prompts()
     procedure: Procedure = {"kind": "best-of-n", "n": 4}
     rollouts: Rollouts = Rollouts()
@@ -222,10 +247,12 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if (self.beta is None) == (self.kl_budget is None):
             raise ValueError("give exactly one of beta and kl_budget")
+        if len(self.reward) > 1 and not all(reward.given for reward in self.reward):
+            raise ValueError("each of several rewards needs its model, function or url")
         if self.testbed is None:
             for section, given in (
                 ("policy.model", self.policy.model),
-                ("reward.model or reward.function", self.reward.model or self.reward.function),
+                ("reward.model, reward.function or reward.url", self.reward[0].given or None),
                 ("prompts.source", self.prompts.source),
             ):
                 if given is None:
@@ -325,7 +352,7 @@ def parse_recipe(text: str, *, where: str, folder: Path, overrides: Sequence[str
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(_explain(error), where=where) from error
+        raise InputError(_explain(error, content), where=where) from error
     return _with_absolute_paths(recipe, folder)
 
 
@@ -336,19 +363,31 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     section: Any = content
     for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
+        section = section[_entry(section, parent, key)] if isinstance(section, list) else section.setdefault(parent, {})
+        if not isinstance(section, dict | list):
             raise InputError(f"{parent} in {key} is not a section", where="--set")
+    place: Any = _entry(section, last, key) if isinstance(section, list) else last
     try:
-        section[last] = _read_yaml(value)
+        section[place] = _read_yaml(value)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"the value of {key} is not valid YAML: {value!r}", where="--set") from error
 
 
-def _explain(error: ValidationError) -> str:
+def _entry(section: list[Any], number: str, key: str) -> int:
+    """An entry of a list by its number, from 0."""
+    if not number.isdigit() or int(number) >= len(section):
+        raise InputError(
+            f"{number} in {key} is not an entry of a list", where="--set", mend=f"Write 0 to {len(section) - 1}"
+        )
+    return int(number)
+
+
+def _explain(error: ValidationError, content: Mapping[str, Any]) -> str:
     """The first problem, in words, with a suggestion for an unknown key."""
     first = error.errors()[0]
     location = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "dict[", "str")))
+    if not isinstance(content.get("reward"), list):  # a single reward was not written as a list
+        location = location.replace("reward.0", "reward", 1) if location.startswith("reward.0") else location
     if first["type"] == "extra_forbidden":
         key, section = str(first["loc"][-1]), _section_at(first["loc"][:-1])
         close = difflib.get_close_matches(key, section.model_fields, n=1)
@@ -391,7 +430,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             section[key] = _resolve(section[key], folder)
 
     absolute(content["policy"], "model")
-    absolute(content["reward"], "model")
+    for reward in content["reward"]:
+        absolute(reward, "model")
     absolute(content["prompts"], "source")
     absolute(content["prompts"], "evaluation_source")
     if content["testbed"]:

@@ -15,6 +15,7 @@ import numpy as np
 from infalign.calibration import RewardCalibrator
 from infalign.calibration_report import calibration_report
 from infalign.checks import plan_transforms
+from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare
@@ -27,11 +28,10 @@ from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.logprobs import log_ratios
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.rewards import FunctionReward, RewardSource, SequenceClassificationReward
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_json, write_text
+from infalign.run_rewards import RunRewards, scored_by_all
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.plan import optimum_at_kl
@@ -71,6 +71,7 @@ class Stages:
         self.recipe = recipe
         self.out = out
         self.say = say
+        self.rewards = RunRewards(recipe, testbed_model=str(out / "models" / "reward"))
 
     # --- the testbed, for a recipe that brings no models ---
 
@@ -124,22 +125,18 @@ class Stages:
 
     def score_reference(self, progress: Progress) -> None:
         """Their rewards."""
-        score_store(self.store("reference"), self.reward_source(), self.prompts("train"), progress=progress)
+        self.rewards.score(self.store("reference"), self.prompts("train"), progress)
 
     def count_reference(self) -> dict[str, int]:
         """Of the reference rollouts of the training prompts: their tokens, how many were cut, and how many unscored."""
         store, prompts = self.store("reference"), self.prompts("train")
         ids, num_ref = prompts.ids, self.recipe.rollouts.num_ref
-        wanted = set(ids)
-        rewards = store.rewards(self.reward_source().key)
-        rows = zip(rewards["prompt_id"].to_pylist(), rewards["index"].to_pylist(), rewards["reward"].to_pylist(),
-                   strict=True)  # fmt: skip
         return {
             "prompts": len(prompts),
             "rollouts": len(prompts) * num_ref,
             "tokens": int(store.column_PK("num_tokens", ids, num_ref).sum()),
             "truncated": int((store.column_PK("finish_reason", ids, num_ref) == "length").sum()),
-            "unscored": sum(reward is None for prompt, index, reward in rows if prompt in wanted and index < num_ref),
+            "unscored": int((~scored_by_all(self.rewards.read_PKM(store, ids, num_ref))).sum()),
         }
 
     # --- calibration ---
@@ -147,25 +144,24 @@ class Stages:
     def fit_calibration(self, progress: Progress) -> None:
         """The reward's quantiles under the reference, prompt by prompt (M5)."""
         prompts, num_ref = self.prompts("train"), self.recipe.rollouts.num_ref
-        rewards_PK = self.store("reference").rewards_PK(self.reward_source().key, prompts.ids, num_ref)
-        if (rewards_PK == rewards_PK[:, :1]).all():
-            raise InputError(
-                "the reward gives every response to a prompt the same score, so there is nothing to learn",
-                where="reward",
-                mend="Check the reward function or model",
-            )
-        calibrator = RewardCalibrator(ties=self.recipe.calibration.ties, seed=self.recipe.seed).fit(rewards_PK)
+        rewards_PKM = self.rewards.read_PKM(self.store("reference"), prompts.ids, num_ref)
+        scored_PK = scored_by_all(rewards_PKM)
+        calibrator = self.rewards.fit(rewards_PKM, prompts.ids)
         calibrator.save(self.out / "calibration" / "calibrator")
+        # The report and the spread are of the first reward; prompts with an unscored rollout cannot take part.
+        whole_PK = rewards_PKM[scored_PK.all(axis=1), :, 0]
         write_json(
             self.out / "calibration" / "summary.json",
             {
                 "prompts": len(prompts),
                 "num_ref": num_ref,
+                "unscored": int((~scored_PK).sum()),
+                "fewest_references": int(scored_PK.sum(axis=1).min()),
                 "tie_mass": calibrator.tie_mass,
-                "within_prompt_std": float(rewards_PK.std(axis=1).mean()),
-                "between_prompt_std": float(rewards_PK.mean(axis=1).std()),
+                "within_prompt_std": float(whole_PK.std(axis=1).mean()) if len(whole_PK) else None,
+                "between_prompt_std": float(whole_PK.mean(axis=1).std()) if len(whole_PK) else None,
                 # Two halves of fewer than two references each tell nothing.
-                "report": calibration_report(rewards_PK).to_dict() if num_ref >= 4 else None,
+                "report": calibration_report(whole_PK).to_dict() if num_ref >= 4 and len(whole_PK) else None,
             },
         )
 
@@ -199,12 +195,12 @@ class Stages:
         recipe, prompts = self.recipe, self.prompts("train")
         # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
         kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
-        calibrator = RewardCalibrator.load(self.out / "calibration" / "calibrator")
+        calibrator = self.calibrator()
         align(
             self.reference,
             self.out / "policies" / planned.name,
             prompts[kept:],
-            TransformedReward(self.reward_source(), calibrator, prompts.ids, planned.transform, planned.beta),
+            TransformedReward(self.rewards.source(), calibrator, prompts.ids, planned.transform, planned.beta),
             max_new_tokens=recipe.rollouts.max_new_tokens,
             kl_budget=recipe.kl_budget,
             kl_prompts=prompts[:kept],
@@ -217,12 +213,27 @@ class Stages:
 
     # --- evaluation ---
 
+    def calibrate_evaluation(self, progress: Progress) -> None:
+        """Several rewards: reference rollouts of the held-out prompts, by which their quantiles are combined there.
+
+        They are drawn apart from those that are judged, so that a response's score depends on nothing but itself.
+        """
+        prompts, num_ref = self.prompts("evaluation"), self.recipe.rollouts.num_ref
+        self._draw("evaluation-calibration", self.reference, "evaluation", num_ref, self.recipe.seed + 999, progress)
+        store = self.store("evaluation-calibration")
+        self.rewards.score(store, prompts, progress)
+        rewards_PKM = self.rewards.read_PKM(store, prompts.ids, num_ref)
+        self.rewards.fit(rewards_PKM, prompts.ids).save(self.out / "calibration-evaluation")
+
     def draw_for_evaluation(self, name: str, model: str, number: int, progress: Progress) -> None:
         """Fresh rollouts on held-out prompts, scored, and (for a policy) its log-ratios to the reference."""
         folder, prompts, samples = f"evaluation-{name}", self.prompts("evaluation"), self.recipe.evaluation.num_samples
         # Another seed for every model: its rollouts are independent of the others' and of the calibration's.
         self._draw(folder, model, "evaluation", samples, self.recipe.seed + 1000 * number, progress)
-        score_store(self.store(folder), self.reward_source(), prompts, progress=progress)
+        self.rewards.score(self.store(folder), prompts, progress, retry_unscored=True)
+        if self.rewards.combined:
+            calibrator = CombinedCalibrator.load(self.out / "calibration-evaluation")
+            self.rewards.combine(self.store(folder), calibrator, prompts.ids, samples)
         if name == "reference":
             return
         policy, tokenizer = self._load(model)
@@ -237,7 +248,7 @@ class Stages:
     def measure(self, progress: Progress) -> None:
         """Win rates, KL and their errors for every policy, and paired comparisons."""
         recipe, prompts = self.recipe, self.prompts("evaluation")
-        samples, source = recipe.evaluation.num_samples, self.reward_source()
+        samples, source = recipe.evaluation.num_samples, self.rewards.source()
         reference = self.store("evaluation-reference")
         results: list[MethodResult] = []
         for planned in self.planned():
@@ -276,7 +287,7 @@ class Stages:
         build_report(
             self.out,
             title=self.recipe.name,
-            reward_key=self.reward_source().key,
+            reward_key=self.rewards.source().key,
             settings=self.recipe.model_dump(),
             versions=versions(),
         )
@@ -288,18 +299,10 @@ class Stages:
         """The reference policy: the recipe's, or the testbed's."""
         return self.recipe.policy.model or str(self.out / "models" / "reference")
 
-    def reward_source(self) -> RewardSource:
-        """The reward: the recipe's, or the testbed's."""
-        reward = self.recipe.reward
-        if reward.function is not None:
-            return FunctionReward(reward.function)
-        return SequenceClassificationReward(
-            reward.model or str(self.out / "models" / "reward"),
-            batch_size=reward.batch_size,
-            max_length=reward.max_length,
-            trust_remote_code=reward.trust_remote_code,
-            allow_pickle=reward.allow_pickle,
-        )
+    def calibrator(self) -> RewardCalibrator | CombinedCalibrator:
+        """The calibration on the training prompts."""
+        kind = CombinedCalibrator if self.rewards.combined else RewardCalibrator
+        return kind.load(self.out / "calibration" / "calibrator")
 
     def policy_folder(self, name: str) -> Path:
         """Where an aligned model is."""

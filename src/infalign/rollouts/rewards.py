@@ -32,7 +32,7 @@ class Scores:
     """Rewards of B responses.
 
     Attributes:
-        rewards: Shape (B,); NaN marks a response that could not be scored.
+        rewards: Shape (B,), or (B, M) from several sources together; NaN marks a response that could not be scored.
         errors: Why not, shape (B,); None where it could.
     """
 

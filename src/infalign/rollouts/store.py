@@ -292,7 +292,13 @@ class RolloutStore:
         return table.take(np.sort(len(identity) - 1 - last))
 
     def rewards_PK(  # noqa: N802
-        self, source_key: str, prompt_ids: Sequence[str], k: int, *, allow_modified_sampling: bool = False
+        self,
+        source_key: str,
+        prompt_ids: Sequence[str],
+        k: int,
+        *,
+        allow_modified_sampling: bool = False,
+        allow_unscored: bool = False,
     ) -> NDArray[np.float64]:
         """Rewards of the first k rollouts of each prompt, shape (P, k), in the order of `prompt_ids` and index.
 
@@ -302,6 +308,7 @@ class RolloutStore:
             k: Rollouts per prompt.
             allow_modified_sampling: Accept rollouts drawn at a temperature or top_p other than 1. Calibration on them
                 would refer to another policy than the one trained against.
+            allow_unscored: Give NaN for a rollout that the source could not score.
 
         Raises:
             InputError: A rollout is missing or unscored (says how many and the first), or sampling was modified.
@@ -315,7 +322,7 @@ class RolloutStore:
         table, rows_PK = self._locate(self.rewards(source_key), prompt_ids, k, f"rewards of {source_key}")
         values_PK = table["reward"].to_numpy()[rows_PK]
         unscored = np.argwhere(np.isnan(values_PK))
-        if len(unscored):
+        if len(unscored) and not allow_unscored:
             p, index = unscored[0]
             reason = table["error"][int(rows_PK[p, index])].as_py() or "no reason given"
             at = f"rollout {index} of prompt {prompt_ids[p]} ({reason})"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration import RewardCalibrator
+from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.rewards import RewardSource
@@ -34,8 +35,8 @@ class TransformedReward:
     keeps the normaliser exact where plugging in b/K would over-tilt.
 
     Args:
-        source: Scores responses.
-        calibrator: Fitted on the reference policy's rewards, one row per prompt.
+        source: Scores responses; a `CombinedReward` gives several rewards each.
+        calibrator: Fitted on the reference policy's rewards, one row per prompt; a `CombinedCalibrator` for several.
         prompt_ids: The prompt id of each of the calibrator's rows.
         transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next.
         beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
@@ -47,7 +48,7 @@ class TransformedReward:
     def __init__(
         self,
         source: RewardSource,
-        calibrator: RewardCalibrator,
+        calibrator: RewardCalibrator | CombinedCalibrator,
         prompt_ids: Sequence[str],
         transform: RewardTransform | SelfConsistentTransform,
         beta: float,
@@ -85,11 +86,11 @@ class TransformedReward:
         self._columns = column_names(prompts)
 
     def calibrate(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,)."""
+        """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,), or (B, M) of several sources."""
         return self.calibrator.calibrate(rewards, prompt_index=self._rows(prompt_id))
 
     def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """Φ_K(b)/β in nats (M6) of raw `rewards`, shape (B,)."""
+        """Φ_K(b)/β in nats (M6), shape (B,), of raw `rewards`, shape (B,), or (B, M) of several sources."""
         rows = self._rows(prompt_id)
         rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
         num_ref_B = self.calibrator.num_ref_P[rows]
@@ -130,22 +131,24 @@ class TransformedReward:
         if self._prompt_of:
             columns |= columns_of([self._prompt_of[i] for i in prompt_id], self._columns)
         scores = self.source.score_rows(prompts, completions, **{**columns, "prompt_id": list(prompt_id)})
-        rewards_B = scores.rewards
-        if not np.isfinite(rewards_B).all():
-            bad = np.flatnonzero(~np.isfinite(rewards_B))
+        rewards = scores.rewards
+        finite_B = np.isfinite(rewards).reshape(len(rewards), -1).all(axis=1)
+        if not finite_B.all():
+            bad = np.flatnonzero(~finite_B)
             raise RewardError(
-                f"{len(bad)} of {len(rewards_B)} responses have no finite reward, the first to prompt "
-                f"{prompt_id[bad[0]]} ({scores.errors[bad[0]] or rewards_B[bad[0]]})",
+                f"{len(bad)} of {len(rewards)} responses have no finite reward, the first to prompt "
+                f"{prompt_id[bad[0]]} ({scores.errors[bad[0]] or rewards[bad[0]]})",
                 where=str(self.source),
                 mend="Every response needs a number during training; mend the reward for such responses",
             )
         if log_metric is not None:
-            log_metric("calibrated_reward", float(self.calibrate(rewards_B, prompt_id).mean()))
-            log_metric("raw_reward", float(rewards_B.mean()))
-        tilt_B = self.tilt(rewards_B, prompt_id)
+            log_metric("calibrated_reward", float(self.calibrate(rewards, prompt_id).mean()))
+            # Several raw rewards have no common scale: the first stands for them in the log.
+            log_metric("raw_reward", float(rewards.reshape(len(rewards), -1)[:, 0].mean()))
+        tilt_B = self.tilt(rewards, prompt_id)
         if isinstance(self.transform, SelfConsistentTransform):  # after use: a reward must not depend on its own noise
             rows = self._rows(prompt_id)
-            self.transform.update(self.calibrator.ranks(rewards_B, prompt_index=rows), self.calibrator.num_ref_P[rows])
+            self.transform.update(self.calibrator.ranks(rewards, prompt_index=rows), self.calibrator.num_ref_P[rows])
             self._tilt_of_K = {}
         return tilt_B.tolist()
 
