@@ -77,7 +77,7 @@ class TestMeasure:
             [Standard()],
             lengths_PG=[[2, 4], [6, 8]],
             ref_lengths_PK=[[1, 1], [2, 2]],
-            truncated_PG=[[True, False], [False, False]],
+            finish_reasons_PG=[["length", "stop"], ["stop", "stop"]],
         )
         assert result.tie_share == pytest.approx(3 / 8)
         assert (result.mean_length, result.ref_mean_length) == (5, 1.5)
@@ -111,7 +111,7 @@ class TestMeasure:
         with pytest.raises(InputError, match="not a stored evaluation"):
             MethodResult.from_dict({"label": "a"})
 
-    @pytest.mark.parametrize("name", ["lengths_PG", "truncated_PG", "ref_lengths_PK", "ref_truncated_PK"])
+    @pytest.mark.parametrize("name", ["lengths_PG", "finish_reasons_PG", "ref_lengths_PK", "ref_finish_reasons_PK", "texts_PG", "ref_texts_PK"])
     def test_wrong_shape_is_named(self, name):
         with pytest.raises(InputError, match=f"a: {name}"):
             measure("a", np.zeros((3, 4)), np.zeros((3, 4)), np.zeros((3, 4)), [Standard()], **{name: np.zeros((3, 2))})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from infalign.errors import InputError
 from infalign.estimators import Estimate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
-from infalign.evaluation.results import Measured, MethodResult, ProcedureResult, known
-from infalign.procedures import InferenceProcedure
+from infalign.evaluation.diagnostics import diagnose
+from infalign.evaluation.results import Band, Measured, MethodResult, OverN, ProcedureResult, known
+from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 from infalign.theory.plan import limit
+
+CURVE_POINTS = 40  # N at most on a curve over N; with more samples they are spread evenly in log N
 
 
 def measure(
@@ -25,10 +28,14 @@ def measure(
     judges: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     lengths_PG: ArrayLike | None = None,
     ref_lengths_PK: ArrayLike | None = None,
-    truncated_PG: ArrayLike | None = None,
-    ref_truncated_PK: ArrayLike | None = None,
+    finish_reasons_PG: ArrayLike | None = None,
+    ref_finish_reasons_PK: ArrayLike | None = None,
+    texts_PG: Sequence[Sequence[str]] | None = None,
+    ref_texts_PK: Sequence[Sequence[str]] | None = None,
     prompt_ids: Sequence[str] | None = None,
     confidence: float = 0.95,
+    series: str | None = None,
+    step: int | None = None,
 ) -> MethodResult:
     """Measure one method on held-out prompts from fresh responses of policy and reference.
 
@@ -43,10 +50,14 @@ def measure(
         judges: Further rewards that training never saw, name → (P, G) and (P, K) scores of the same responses.
         lengths_PG: (P, G) lengths of policy responses.
         ref_lengths_PK: (P, K) lengths of reference responses.
-        truncated_PG: (P, G) True where a policy response was cut off before its end.
-        ref_truncated_PK: (P, K) the same for the reference.
+        finish_reasons_PG: (P, G) how each policy response ended; "length" where it was cut off.
+        ref_finish_reasons_PK: (P, K) the same for the reference.
+        texts_PG: (P, G) the policy's responses, for their variety.
+        ref_texts_PK: (P, K) the reference's.
         prompt_ids: P names.
         confidence: Level of every interval.
+        series: What the results of one curve share; see `MethodResult`.
+        step: Training step, of a checkpoint.
 
     Raises:
         InputError: If arrays do not fit together, a value is missing, or there are fewer samples than some n.
@@ -57,9 +68,11 @@ def measure(
     for name, array, like in (
         ("log_ratios_PG", log_ratios_PG, rewards_PG),
         ("lengths_PG", lengths_PG, rewards_PG),
-        ("truncated_PG", truncated_PG, rewards_PG),
+        ("finish_reasons_PG", finish_reasons_PG, rewards_PG),
+        ("texts_PG", texts_PG, rewards_PG),
         ("ref_lengths_PK", ref_lengths_PK, ref_rewards_PK),
-        ("ref_truncated_PK", ref_truncated_PK, ref_rewards_PK),
+        ("ref_finish_reasons_PK", ref_finish_reasons_PK, ref_rewards_PK),
+        ("ref_texts_PK", ref_texts_PK, ref_rewards_PK),
     ):
         if array is not None and np.shape(array) != like.shape:
             raise InputError(
@@ -92,13 +105,49 @@ def measure(
             )
             for i, procedure in enumerate(procedures)
         ],
+        over_n={
+            family: _over_n(make, rewards_PG, ref_rewards_PK, judges or {}, confidence)
+            for family, make in (("best-of-n", BestOfN), ("worst-of-n", WorstOfN))
+        },
+        diagnostics=diagnose(
+            rewards_PG,
+            ref_rewards_PK,
+            lengths_PG=lengths_PG,
+            ref_lengths_PK=ref_lengths_PK,
+            texts_PG=texts_PG,
+            ref_texts_PK=ref_texts_PK,
+            finish_reasons_PG=finish_reasons_PG,
+            ref_finish_reasons_PK=ref_finish_reasons_PK,
+            confidence=confidence,
+        ),
         tie_share=_tie_share(rewards_PG, ref_rewards_PK),
         mean_length=_mean(lengths_PG),
         ref_mean_length=_mean(ref_lengths_PK),
-        truncated_share=_mean(truncated_PG),
-        ref_truncated_share=_mean(ref_truncated_PK),
+        truncated_share=_truncated(finish_reasons_PG),
+        ref_truncated_share=_truncated(ref_finish_reasons_PK),
         prompt_ids=None if prompt_ids is None else [str(name) for name in prompt_ids],
+        series=series,
+        step=step,
     )
+
+
+def _over_n(
+    make: Callable[[int], InferenceProcedure],
+    rewards_PG: np.ndarray,
+    ref_rewards_PK: np.ndarray,
+    judges: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    confidence: float,
+) -> OverN:
+    """Win rates of one family for every N that the samples allow, thinned out where there are many."""
+    most = min(rewards_PG.shape[1], ref_rewards_PK.shape[1])
+    sizes = np.unique(np.round(np.geomspace(1, most, CURVE_POINTS)).astype(int)) if most > CURVE_POINTS else None
+    ns = list(range(1, most + 1)) if sizes is None else [int(n) for n in sizes]
+    procedures = [make(n) for n in ns]
+
+    def band(judged_by: tuple[ArrayLike, ArrayLike] | None) -> Band:
+        return Band.of(win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=judged_by, confidence=confidence))
+
+    return OverN(ns, band(None), {name: band(scores) for name, scores in judges.items()})
 
 
 def _procedure_result(
@@ -136,3 +185,8 @@ def _tie_share(rewards_PG: np.ndarray, ref_rewards_PK: np.ndarray) -> float:
 def _mean(values: ArrayLike | None) -> float | None:
     """Mean, or None where nothing was given."""
     return None if values is None else float(np.mean(np.asarray(values, np.float64)))
+
+
+def _truncated(reasons: ArrayLike | None) -> float | None:
+    """Share of responses that were cut off, or None where it is not known how they ended."""
+    return None if reasons is None else float(np.mean(np.asarray(reasons, dtype=object) == "length"))

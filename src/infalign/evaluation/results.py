@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,6 +57,121 @@ class ProcedureResult:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Estimates with the ends of their intervals, one for each place on a curve; None where there is no interval."""
+
+    estimate: list[float]
+    low: list[float | None]
+    high: list[float | None]
+
+    @classmethod
+    def of(cls, estimates: Sequence[Estimate]) -> Band:
+        """Plain form of estimates."""
+        ends = [estimate.confidence_interval for estimate in estimates]
+        return cls(
+            [estimate.estimate for estimate in estimates],
+            [known(low) for low, _ in ends],
+            [known(high) for _, high in ends],
+        )
+
+
+@dataclass(frozen=True)
+class OverN:
+    """Win rate of one family of procedures against N, all from one set of samples.
+
+    Attributes:
+        n: Each N.
+        win_rate: Judged by the reward that procedures choose by.
+        judged: By each further reward, the choice unchanged.
+    """
+
+    n: list[int]
+    win_rate: Band
+    judged: dict[str, Band]
+
+
+@dataclass(frozen=True)
+class LengthBucket:
+    """Standard win rate of the policy's responses of like length, against all of the reference's.
+
+    Attributes:
+        shortest: Least length in the bucket.
+        longest: Largest length in the bucket.
+        share: Share of the policy's responses in it.
+        win_rate: Their win rate.
+    """
+
+    shortest: float
+    longest: float
+    share: float
+    win_rate: Measured
+
+
+@dataclass(frozen=True)
+class WorsePrompts:
+    """Prompts on which the policy does worse than the reference under standard sampling, and what chance alone gives.
+
+    A prompt's win rate is estimated from few samples, so some prompts look worse that are not.
+
+    Attributes:
+        share: Share of prompts whose estimated win rate is below one half; one half itself counts one half.
+        by_chance_unchanged: What `share` would be on average if the policy were the reference.
+        by_chance_alike: What `share` would be if every prompt had the same win rate, the mean one. More than this means
+            that prompts differ in what alignment did to them.
+        clearly: Share of prompts worse beyond their own noise (one-sided Mann-Whitney test of each prompt).
+        clearly_by_chance: What `clearly` would be at most, on average, if no prompt were worse.
+    """
+
+    share: Measured
+    by_chance_unchanged: float
+    by_chance_alike: float
+    clearly: Measured
+    clearly_by_chance: float
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Ways in which a win can be less than it seems; what was not given, or cannot be known, is None or empty.
+
+    Attributes:
+        worse: Prompts that got worse.
+        length_matched: Standard win rate among pairs of about equal length; None also if no pair is.
+        by_length: Standard win rate by length of the policy's response.
+        distinct: Distinct word bigrams as a share of all, per prompt.
+        ref_distinct: The same for the reference.
+        self_similarity: Overlap of the word bigrams of two responses to a prompt.
+        ref_self_similarity: The same for the reference.
+        finish_reasons: Share of the policy's responses by how they ended.
+        ref_finish_reasons: The same for the reference.
+    """
+
+    worse: WorsePrompts
+    length_matched: Measured | None = None
+    by_length: list[LengthBucket] = field(default_factory=list)
+    distinct: Measured | None = None
+    ref_distinct: Measured | None = None
+    self_similarity: Measured | None = None
+    ref_self_similarity: Measured | None = None
+    finish_reasons: dict[str, float] = field(default_factory=dict)
+    ref_finish_reasons: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Diagnostics:
+        """Inverse of `dataclasses.asdict`."""
+        fields = dict(data)
+        worse = fields["worse"]
+        fields["worse"] = WorsePrompts(
+            **{**worse, "share": Measured(**worse["share"]), "clearly": Measured(**worse["clearly"])}
+        )
+        for name in ("length_matched", "distinct", "ref_distinct", "self_similarity", "ref_self_similarity"):
+            fields[name] = None if fields[name] is None else Measured(**fields[name])
+        fields["by_length"] = [
+            LengthBucket(**{**bucket, "win_rate": Measured(**bucket["win_rate"])}) for bucket in fields["by_length"]
+        ]
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """Everything measured about one method on one list of prompts.
 
@@ -72,12 +187,16 @@ class MethodResult:
         kl_efficiency: `useful_kl` / `kl`; None where the KL is not resolved from zero.
         kl_efficiency_error: Its standard error.
         procedures: One entry for each procedure asked for.
+        over_n: Curves of "best-of-n" and "worst-of-n".
+        diagnostics: Length, variety, and prompts that got worse.
         tie_share: Share of policy-reference pairs with equal reward.
         mean_length: Mean length of policy responses (in the caller's unit, normally tokens), if given.
         ref_mean_length: The same for the reference.
-        truncated_share: Share of policy responses cut off before their end, if given.
+        truncated_share: Share of policy responses cut off before their end, if it is known how they ended.
         ref_truncated_share: The same for the reference.
         prompt_ids: Names of the prompts in order, if given; `compare` then checks that they agree.
+        series: What the results of one curve share: a method of which there are several checkpoints or several KLs.
+        step: Training step, of a checkpoint.
     """
 
     label: str
@@ -91,12 +210,16 @@ class MethodResult:
     kl_efficiency: float | None
     kl_efficiency_error: float | None
     procedures: list[ProcedureResult]
+    over_n: dict[str, OverN]
+    diagnostics: Diagnostics
     tie_share: float
     mean_length: float | None = None
     ref_mean_length: float | None = None
     truncated_share: float | None = None
     ref_truncated_share: float | None = None
     prompt_ids: list[str] | None = None
+    series: str | None = None
+    step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
@@ -127,6 +250,15 @@ class MethodResult:
                 )
                 for entry in fields["procedures"]
             ]
+            fields["over_n"] = {
+                family: OverN(
+                    curve["n"],
+                    Band(**curve["win_rate"]),
+                    {name: Band(**band) for name, band in curve["judged"].items()},
+                )
+                for family, curve in fields["over_n"].items()
+            }
+            fields["diagnostics"] = Diagnostics.from_dict(fields["diagnostics"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise InputError(
