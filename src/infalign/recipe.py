@@ -18,6 +18,7 @@ from infalign.errors import InputError, StorageError
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
 _SHORT_PROCEDURE = re.compile(r"^(best-of|worst-of)-(\d+)$")
 
 
@@ -173,6 +174,31 @@ def _as_list(value: Any) -> Any:
 Rewards = Annotated[list[Reward], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+class GoldReward(Reward):
+    """A reward that training never saw and that only judges; named after its model or function if not given a name."""
+
+    name: Annotated[str, Field(pattern=_NAME)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> GoldReward:
+        if sum(source is not None for source in (self.model, self.function, self.url)) != 1:
+            raise ValueError("give one of model, function and url")
+        if self.url is not None and self.name is None:
+            raise ValueError("a url needs a name: it tells stored rewards of one server version from another's")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name; `module:grade` is called grade, and a model by its folder."""
+        if self.name is not None:
+            return self.name
+        folder = Path(self.model or "")
+        source = folder.parent.name if folder.name == "model" else folder.name  # policies/NAME/model
+        if self.function is not None:
+            source = self.function.partition(":")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-._") or "gold"
+
+
 class Prompts(_Section):
     """Prompts to train on, and prompts kept apart for evaluation."""
 
@@ -221,13 +247,22 @@ class Evaluation(_Section):
         {"kind": "best-of-n", "n": 4},
         {"kind": "worst-of-n", "n": 4},
     ]
+    gold: list[GoldReward] = []
     confidence: Share = 0.95
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Evaluation:
+        names = [gold.label for gold in self.gold]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two gold rewards are called {repeated[0]}; give each its own name")
+        return self
 
 
 class Recipe(_Section):
     """One experiment. See `recipes/` for worked examples."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # it names the run folder
+    name: str = Field(pattern=_NAME)  # it names the run folder
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     testbed: Testbed | None = None
     policy: Policy = Policy()
@@ -432,6 +467,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     absolute(content["policy"], "model")
     for reward in content["reward"]:
         absolute(reward, "model")
+    for gold in content["evaluation"]["gold"]:
+        absolute(gold, "model")
     absolute(content["prompts"], "source")
     absolute(content["prompts"], "evaluation_source")
     if content["testbed"]:

@@ -1,0 +1,126 @@
+"""From rollout stores to results: what was drawn and scored of a model, beside the reference's, measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.data import PromptSet
+from infalign.errors import InputError
+from infalign.evaluation.measure import measure
+from infalign.evaluation.results import MethodResult
+from infalign.procedures import InferenceProcedure
+from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.progress import Progress
+from infalign.rollouts.shards import write_atomically
+from infalign.rollouts.store import RolloutStore
+
+KL_FILE = "kl.json"
+
+
+def exact_kls(
+    store: RolloutStore,
+    prompts: PromptSet,
+    num_samples: int,
+    reference: str,
+    load: Callable[[], tuple[Any, Any, Any]],
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """KL of each response of a policy to the reference, (P, G) in nats, kept beside the store and computed once.
+
+    It is exact at every visited prefix: the same expectation as the log ratios, with less noise.
+
+    Args:
+        store: The policy's rollouts.
+        prompts: P prompts.
+        num_samples: G, rollouts of each.
+        reference: Fingerprint of the reference.
+        load: Loads policy, reference and their tokenizer; called only if there is something to compute.
+        progress: Called after each batch.
+    """
+    path = store.path / KL_FILE
+    about = {"reference": reference, "prompt_ids": prompts.ids, "num_samples": num_samples}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if {name: kept.get(name) for name in about} == about:
+            return np.array(kept["exact_kl_PG"])
+    policy, reference_policy, tokenizer = load()
+    token_ids_PG = store.lists_PK("token_ids", prompts.ids, num_samples)
+    ratios = log_ratios(policy, reference_policy, tokenizer, prompts, token_ids_PG, progress=progress)
+    content = about | {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()}
+    write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+    return ratios.exact_kl_PG
+
+
+def measure_store(
+    label: str,
+    store: RolloutStore,
+    ref_store: RolloutStore,
+    kls_PG: NDArray[np.float64],
+    prompts: PromptSet,
+    procedures: Sequence[InferenceProcedure],
+    *,
+    rewards: Callable[[RolloutStore], NDArray[np.float64]],
+    reward: str,
+    gold: Mapping[str, str] | None = None,
+    confidence: float = 0.95,
+    series: str | None = None,
+    step: int | None = None,
+) -> MethodResult:
+    """Measure one model from its rollouts and the reference's.
+
+    Args:
+        label: The method's name.
+        store: Its rollouts, scored.
+        ref_store: Fresh rollouts of the reference, scored.
+        kls_PG: KL of each response, in nats; its shape says how many rollouts count.
+        prompts: P prompts.
+        procedures: Procedures to judge by.
+        rewards: Reads the reward that procedures choose by from a store, (P, G).
+        reward: Its name.
+        gold: Further rewards that judge: name → key in the stores.
+        confidence: Level of every interval.
+        series: What the results of one curve share.
+        step: Training step, of a checkpoint.
+
+    Raises:
+        InputError: If a rollout was not drawn or not scored; nothing is averaged around it.
+    """
+    ids, num_samples = prompts.ids, kls_PG.shape[1]
+
+    def column(name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        return store.column_PK(name, ids, num_samples), ref_store.column_PK(name, ids, num_samples)
+
+    judges: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    for name, key in (gold or {}).items():
+        try:
+            ours, theirs = (one.rewards_PK(key, ids, num_samples) for one in (store, ref_store))
+        except InputError as error:
+            raise InputError(error.what, where=f"gold reward {name} of {label}", mend=error.mend) from error
+        judges[name] = ours, theirs
+    lengths_PG, ref_lengths_PK = column("num_tokens")
+    reasons_PG, ref_reasons_PK = column("finish_reason")
+    texts_PG, ref_texts_PK = column("text")
+    return measure(
+        label,
+        rewards(store),
+        rewards(ref_store),
+        kls_PG,
+        procedures,
+        reward=reward,
+        judges=judges,
+        lengths_PG=lengths_PG,
+        ref_lengths_PK=ref_lengths_PK,
+        finish_reasons_PG=reasons_PG,
+        ref_finish_reasons_PK=ref_reasons_PK,
+        texts_PG=texts_PG.tolist(),
+        ref_texts_PK=ref_texts_PK.tolist(),
+        prompt_ids=ids,
+        confidence=confidence,
+        series=series,
+        step=step,
+    )
