@@ -142,13 +142,15 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
-    """Make sure that the reward function can be called, or that the reward model can score these prompts.
+    """Make sure that reward functions can be called, and that reward models can score these prompts; gold ones too.
 
     Raises:
         InputError: If it cannot.
     """
     for number, reward in enumerate(recipe.reward):
         _check_one_reward(reward, prompts, "reward" if len(recipe.reward) == 1 else f"reward.{number}")
+    for gold in recipe.evaluation.gold:
+        _check_one_reward(gold, prompts, f"evaluation.gold {gold.label}")
 
 
 def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -> None:

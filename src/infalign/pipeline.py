@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
 from infalign.errors import InfalignError, StorageError
-from infalign.evaluation.results import MethodResult
+from infalign.evaluation.record import Evaluation
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
 from infalign.report.calibration_display import calibration_lines
@@ -24,8 +24,10 @@ from infalign.report.table import text_table
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
 from infalign.run_folder import RunFolder, fingerprint, storage_failure
+from infalign.run_rewards import open_reward
 from infalign.stages import Stages
 
+MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
 
 
@@ -238,14 +240,26 @@ class Pipeline:
                 partial(stages.draw_for_evaluation, name, model, number),
                 title=f"Fresh rollouts ({name})",
             )
+        drawn = [self._print_of(f"evaluation-{name}") for name in models]
+        for gold in recipe.evaluation.gold:
+            self._stage(
+                f"gold-{gold.label}",
+                "evaluate",
+                {"rollouts": drawn, "reward": open_reward(gold).key},
+                [],  # scores lie beside the rollouts, one column set per source: nothing to put aside
+                partial(stages.score_gold, gold),
+                title=f"Score by gold reward ({gold.label})",
+            )
         self._stage(
             "evaluation",
             "evaluate",
             {
-                "rollouts": [self._print_of(f"evaluation-{name}") for name in models],
+                "rollouts": drawn,
+                "gold": {gold.label: self._print_of(f"gold-{gold.label}") for gold in recipe.evaluation.gold},
                 "procedure": recipe.procedure,
                 "kl_budget": recipe.kl_budget,
-                **recipe.evaluation.model_dump(),
+                "measured": MEASURED,
+                **recipe.evaluation.model_dump(exclude={"gold"}),
             },
             ["evaluation.json"],
             stages.measure,
@@ -267,12 +281,12 @@ class Pipeline:
         return {**results, "text": f"{results['text']}\n\nReport: {path}", "report": path}
 
     def _results(self) -> dict[str, Any]:
-        content = self.stages.read_json("evaluation.json")
-        results = [MethodResult.from_dict(entry) for entry in content["results"]]
-        return {
-            "text": text_table(results, content["comparisons"], self.recipe.target_procedure.n, content["kl_budget"]),
-            **content,
-        }
+        evaluation = Evaluation.read(self.out)
+        n = self.recipe.target_procedure.n
+        text = text_table(
+            evaluation.results, evaluation.comparisons, n, evaluation.kl_budget, judge="the training reward"
+        )
+        return {"text": text, **evaluation.to_dict()}
 
     def _prepare_models(self) -> None:
         """Know what the reference and the reward are; train the testbed's where the recipe brings none."""

@@ -6,11 +6,10 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from infalign.calibration import RewardCalibrator
 from infalign.calibration_report import calibration_report
@@ -18,20 +17,20 @@ from infalign.checks import plan_transforms
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
-from infalign.evaluation.compare import compare
-from infalign.evaluation.measure import measure
-from infalign.evaluation.results import MethodResult
+from infalign.evaluation.compare import compare_pairs
+from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.record import FILE, Evaluation
 from infalign.inputs import split_prompts, testbed_text
-from infalign.recipe import Recipe
+from infalign.recipe import GoldReward, Recipe
 from infalign.report.build import build_report
-from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.sample import sample
+from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_json, write_text
-from infalign.run_rewards import RunRewards, scored_by_all
+from infalign.run_rewards import RunRewards, open_reward, scored_by_all
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.plan import optimum_at_kl
@@ -234,63 +233,64 @@ class Stages:
         if self.rewards.combined:
             calibrator = CombinedCalibrator.load(self.out / "calibration-evaluation")
             self.rewards.combine(self.store(folder), calibrator, prompts.ids, samples)
-        if name == "reference":
-            return
-        policy, tokenizer = self._load(model)
-        reference, _ = self._load(self.reference)
-        token_ids_PG = self.store(folder).lists_PK("token_ids", prompts.ids, samples)
-        ratios = log_ratios(policy, reference, tokenizer, prompts, token_ids_PG, progress=progress)
-        write_json(
-            self.out / "rollouts" / folder / "kl.json",
-            {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()},
-        )
+        if name != "reference":
+            reference = model_fingerprint(self.reference)
+            exact_kls(self.store(folder), prompts, samples, reference, partial(self._pair, model), progress)
+
+    def score_gold(self, gold: GoldReward, progress: Progress) -> None:
+        """Scores by a reward that training never saw, for every model's rollouts."""
+        source, prompts = open_reward(gold), self.prompts("evaluation")
+        if source.key in [one.key for one in self.rewards.sources()]:
+            raise InputError(
+                "this is a reward that is trained on, so it tells nothing new",
+                where=f"evaluation.gold {gold.label}",
+                mend="Remove it, or give another",
+            )
+        for name in ("reference", *(planned.name for planned in self.planned())):
+            score_store(self.store(f"evaluation-{name}"), source, prompts, progress=progress, retry_unscored=True)
 
     def measure(self, progress: Progress) -> None:
         """Win rates, KL and their errors for every policy, and paired comparisons."""
         recipe, prompts = self.recipe, self.prompts("evaluation")
         samples, source = recipe.evaluation.num_samples, self.rewards.source()
-        reference = self.store("evaluation-reference")
-        results: list[MethodResult] = []
-        for planned in self.planned():
-            store = self.store(f"evaluation-{planned.name}")
-            results.append(
-                measure(
-                    planned.name,
-                    store.rewards_PK(source.key, prompts.ids, samples),
-                    reference.rewards_PK(source.key, prompts.ids, samples),
-                    # The exact KL of each visited prefix: the same expectation as the log-ratios, with less noise.
-                    np.array(self.read_json(f"rollouts/evaluation-{planned.name}/kl.json")["exact_kl_PG"]),
-                    recipe.evaluation_procedures,
-                    reward=str(source),
-                    lengths_PG=store.column_PK("num_tokens", prompts.ids, samples),
-                    ref_lengths_PK=reference.column_PK("num_tokens", prompts.ids, samples),
-                    truncated_PG=store.column_PK("finish_reason", prompts.ids, samples) == "length",
-                    ref_truncated_PK=reference.column_PK("finish_reason", prompts.ids, samples) == "length",
-                    prompt_ids=prompts.ids,
-                    confidence=recipe.evaluation.confidence,
-                )
+        gold = {one.label: open_reward(one).key for one in recipe.evaluation.gold}
+        reference = model_fingerprint(self.reference)
+        names = [planned.name for planned in self.planned()]
+        results = [
+            measure_store(
+                name,
+                store := self.store(f"evaluation-{name}"),
+                self.store("evaluation-reference"),
+                exact_kls(store, prompts, samples, reference, partial(self._pair, str(self.policy_folder(name)))),
+                prompts,
+                recipe.evaluation_procedures,
+                reward_key=source.key,
+                reward=str(source),
+                gold=gold,
+                confidence=recipe.evaluation.confidence,
             )
-        first, *others = results
-        comparisons = [c for other in others for c in compare([first, other], baseline=other.label)]
-        write_json(
-            self.out / "evaluation.json",
-            {
-                "procedure": recipe.target_procedure.to_dict(),
-                "kl_budget": recipe.kl_budget,
-                "results": [result.to_dict() for result in results],
-                "comparisons": [comparison.to_dict() for comparison in comparisons],
-            },
+            for name in names
+        ]
+        evaluation = Evaluation(
+            name=recipe.name,
+            procedure=recipe.target_procedure.to_dict(),
+            kl_budget=recipe.kl_budget,
+            reference=reference,
+            reward=source.key,
+            gold=gold,
+            max_new_tokens=recipe.rollouts.max_new_tokens,
+            stores={name: f"rollouts/evaluation-{name}" for name in ("reference", *names)},
+            results=results,
+            comparisons=[one.to_dict() for one in compare_pairs([(results[0], other) for other in results[1:]])],
+            baseline=names[1] if len(names) > 1 else None,
+            settings=recipe.model_dump(),
+            versions=versions(),
         )
+        write_json(self.out / FILE, evaluation.to_dict())
 
     def write_report(self, progress: Progress) -> None:
         """The HTML report."""
-        build_report(
-            self.out,
-            title=self.recipe.name,
-            reward_key=self.rewards.source().key,
-            settings=self.recipe.model_dump(),
-            versions=versions(),
-        )
+        build_report(self.out)
 
     # --- what the run folder holds ---
 
@@ -338,6 +338,11 @@ class Stages:
             batch_size=self.recipe.rollouts.batch_size,
             progress=progress,
         )
+
+    def _pair(self, model: str) -> tuple[Any, Any, Any]:
+        """A policy, the reference, and the tokenizer of both."""
+        policy, tokenizer = self._load(model)
+        return policy, self._load(self.reference)[0], tokenizer
 
     def _load(self, model: str) -> Any:
         policy = self.recipe.policy

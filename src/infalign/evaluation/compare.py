@@ -73,10 +73,24 @@ def compare(results: Sequence[MethodResult], *, baseline: str) -> list[Compariso
             f"no result is named {baseline!r}", where="baseline", mend=f"Choose one of {', '.join(labels)}"
         )
     base = results[labels.index(baseline)]
-    found: list[tuple[MethodResult, str, Difference, Difference]] = []
-    for result in results:
-        if result is base:
-            continue
+    return compare_pairs([(result, base) for result in results if result is not base])
+
+
+def compare_pairs(pairs: Sequence[tuple[MethodResult, MethodResult]]) -> list[Comparison]:
+    """Each method against a baseline of its own, under each procedure of the baseline, paired by prompt.
+
+    Args:
+        pairs: (method, baseline), measured on the same prompts with the same reward.
+
+    Returns:
+        One comparison for each pair and procedure; Holm's adjustment runs over them all.
+
+    Raises:
+        InputError: If a procedure was not measured for both.
+        MismatchError: If prompts or rewards differ.
+    """
+    found: list[tuple[MethodResult, MethodResult, str, Difference, Difference]] = []
+    for result, base in pairs:
         _check_paired(result, base)
         for entry in base.procedures:
             ours = result.of(entry.procedure).win_rate
@@ -90,17 +104,19 @@ def compare(results: Sequence[MethodResult], *, baseline: str) -> list[Compariso
                 base.kl.per_prompt,
                 confidence=base.confidence,
             )
-            found.append((result, entry.procedure, difference, matched))
-    adjusted = holm([difference.p_value for _, _, difference, _ in found])
-    adjusted_matched = holm([matched.p_value for _, _, _, matched in found])
+            found.append((result, base, entry.procedure, difference, matched))
+    adjusted = holm([difference.p_value for *_, difference, _ in found])
+    adjusted_matched = holm([matched.p_value for *_, matched in found])
     comparisons: list[Comparison] = []
-    for (result, procedure, difference, matched), p, p_matched in zip(found, adjusted, adjusted_matched, strict=True):
+    for (result, base, procedure, difference, matched), p, p_matched in zip(
+        found, adjusted, adjusted_matched, strict=True
+    ):
         level = 1 - base.confidence
         resolved = p < level and p_matched < level and difference.estimate * matched.estimate > 0
         comparisons.append(
             Comparison(
                 method=result.label,
-                baseline=baseline,
+                baseline=base.label,
                 procedure=procedure,
                 difference=Measured.of(difference),
                 p_value=difference.p_value,

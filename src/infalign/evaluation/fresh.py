@@ -64,7 +64,7 @@ def measure_store(
     prompts: PromptSet,
     procedures: Sequence[InferenceProcedure],
     *,
-    rewards: Callable[[RolloutStore], NDArray[np.float64]],
+    reward_key: str,
     reward: str,
     gold: Mapping[str, str] | None = None,
     confidence: float = 0.95,
@@ -80,7 +80,7 @@ def measure_store(
         kls_PG: KL of each response, in nats; its shape says how many rollouts count.
         prompts: P prompts.
         procedures: Procedures to judge by.
-        rewards: Reads the reward that procedures choose by from a store, (P, G).
+        reward_key: Key, in the stores, of the reward that procedures choose by.
         reward: Its name.
         gold: Further rewards that judge: name → key in the stores.
         confidence: Level of every interval.
@@ -107,8 +107,8 @@ def measure_store(
     texts_PG, ref_texts_PK = column("text")
     return measure(
         label,
-        rewards(store),
-        rewards(ref_store),
+        store.rewards_PK(reward_key, ids, num_samples),
+        ref_store.rewards_PK(reward_key, ids, num_samples),
         kls_PG,
         procedures,
         reward=reward,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from infalign.calibration import RewardCalibrator
-from infalign.evaluation.results import MethodResult
+from infalign.evaluation.record import Evaluation
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.page import ReportData, write_report
 from infalign.rollouts.store import RolloutStore
@@ -18,41 +18,52 @@ from infalign.rollouts.store import RolloutStore
 SAMPLE_PROMPTS = 100
 
 
-def build_report(
-    out: Path, *, title: str, reward_key: str, settings: Mapping[str, Any], versions: Mapping[str, str]
-) -> Path:
-    """Write `report.html` into a run folder whose evaluation is done.
+def build_report(out: Path) -> Path:
+    """Write `report.html` into the folder of a finished evaluation.
 
     Args:
-        out: The run folder.
-        title: Heading.
-        reward_key: Which stored rewards to show.
-        settings: The recipe.
-        versions: Versions of packages.
+        out: The folder of a run or of an evaluation.
+
+    Raises:
+        StorageError: If there is no finished evaluation, or the file cannot be written.
+        InputError: If the evaluation is of an earlier version, or a rollout is missing.
     """
-    evaluation = _read(out / "evaluation.json")
-    plan = _read(out / "plan.json")
-    results = [MethodResult.from_dict(entry) for entry in evaluation["results"]]
-    procedure = procedure_from_dict(evaluation["procedure"])
+    return write_report(out / "report.html", report_data(out))
+
+
+def report_data(out: Path) -> ReportData:
+    """What a report shows of the evaluation in a folder; errors as in `build_report`."""
+    evaluation = Evaluation.read(out)
+    results, procedure = evaluation.results, procedure_from_dict(evaluation.procedure)
+    plan = _read(out / "plan.json") if (out / "plan.json").exists() else None
     prompts = [json.loads(line) for line in _lines(out / "prompts" / "evaluation.jsonl")]
     ids = [prompt["id"] for prompt in prompts]
     labels = ["reference", *(result.label for result in results)]
     count = results[0].num_samples
-    stores = {label: RolloutStore.open(out / "rollouts" / f"evaluation-{label}") for label in labels}
-    rewards = {label: store.rewards_PK(reward_key, ids, count) for label, store in stores.items()}
+    stores = {label: RolloutStore.open(out / evaluation.stores[label]) for label in labels}
+    rewards = {label: store.rewards_PK(evaluation.reward, ids, count) for label, store in stores.items()}
+    gold = {
+        name: {label: store.rewards_PK(key, ids, count) for label, store in stores.items()}
+        for name, key in evaluation.gold.items()
+    }
     calibrator = RewardCalibrator().fit(rewards["reference"])
     calibrated = {label: calibrator.calibrate(rewards_PG) for label, rewards_PG in rewards.items()}
     calibrated["reference"] = np.asarray(calibrator.calibrate_references())  # each against the others only
-    data = ReportData(
+    return ReportData(
         results=results,
         procedure=procedure.label,
-        title=title,
-        baseline=results[1].label if len(results) > 1 else None,
-        plan={"best": {"kl": plan["kl"], "beta": plan["transforms"][0]["beta"]}},
-        settings=settings,
-        versions=versions,
-        samples=_samples(prompts[:SAMPLE_PROMPTS], stores, rewards, calibrated, procedure),
-        curves={result.label: _records(out / "policies" / result.label / "steps.jsonl") for result in results},
+        title=evaluation.name,
+        baseline=evaluation.baseline,
+        warnings=evaluation.warnings,
+        plan=None if plan is None else {"best": {"kl": plan["kl"], "beta": plan["transforms"][0]["beta"]}},
+        settings=evaluation.settings,
+        versions=evaluation.versions,
+        samples=_samples(prompts[:SAMPLE_PROMPTS], stores, rewards, calibrated, gold, procedure),
+        curves={
+            result.label: _records(path)
+            for result in results
+            if (path := out / "policies" / result.label / "steps.jsonl").exists()
+        },
         rewards={
             label: {
                 "rewards": rewards[label].ravel().tolist(),
@@ -61,7 +72,6 @@ def build_report(
             for label in labels
         },
     )
-    return write_report(out / "report.html", data)
 
 
 def _samples(
@@ -69,6 +79,7 @@ def _samples(
     stores: Mapping[str, RolloutStore],
     rewards: Mapping[str, np.ndarray],
     calibrated: Mapping[str, np.ndarray],
+    gold: Mapping[str, Mapping[str, np.ndarray]],
     procedure: InferenceProcedure,
 ) -> list[dict[str, Any]]:
     """The first n candidates of each prompt under each model, the one that the procedure returns marked."""
@@ -89,6 +100,7 @@ def _samples(
                         "text": texts[label][p, g],
                         "reward": float(rewards[label][p, g]),
                         "calibrated_reward": float(calibrated[label][p, g]),
+                        "gold": {name: float(scores[label][p, g]) for name, scores in gold.items()},
                         "finish_reason": reasons[label][p, g],
                         "chosen": g == chosen,
                     }

@@ -36,6 +36,7 @@ class ReportData:
         baseline: Label of the method to compare the others with, or None.
         headline_procedures: Labels of the table's columns; None for all if there are at most four, else for those with
             the n of `procedure`, and standard sampling.
+        warnings: What a reader must know before the numbers, in sentences.
         plan: The stored plan: "best" with "kl" and "beta" is used.
         settings: The recipe that was run.
         versions: Package or device name → version.
@@ -52,6 +53,7 @@ class ReportData:
     title: str = "Inference-aware alignment"
     baseline: str | None = None
     headline_procedures: Sequence[str] | None = None
+    warnings: Sequence[str] = ()
     plan: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

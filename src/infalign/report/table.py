@@ -9,7 +9,12 @@ from infalign.evaluation.results import Measured, MethodResult
 
 
 def text_table(
-    results: Sequence[MethodResult], comparisons: Sequence[Mapping[str, Any]], n: int | None, kl_budget: float | None
+    results: Sequence[MethodResult],
+    comparisons: Sequence[Mapping[str, Any]],
+    n: int | None,
+    kl_budget: float | None,
+    *,
+    judge: str | None = None,
 ) -> str:
     """Win rates, KL and limits in aligned columns, then the comparisons in sentences.
 
@@ -18,6 +23,7 @@ def text_table(
         comparisons: As stored by the evaluation.
         n: Only standard sampling and procedures of this n are shown, where more than four were measured.
         kl_budget: The KL all methods were steered to, if there was one.
+        judge: What to call the reward; its own name if None.
     """
     first = results[0]
     shown = first.procedures if len(first.procedures) <= 4 else [e for e in first.procedures if e.n in (1, n)]
@@ -34,16 +40,29 @@ def text_table(
     lines = [
         f"Win rate against the reference used the same way, in %, ± {first.confidence:.0%} interval; "
         f"{first.num_prompts} held-out prompts × {first.num_samples} fresh rollouts per model.",
-        "In brackets the theoretical limit at the measured KL. Judge: the training reward.",
+        f"In brackets the theoretical limit at the measured KL. Judge: {judge or first.reward}.",
         "",
         *_columns([header, *rows]),
         "",
+        *_judged(results, labels),
         *(comparison["sentence"] for comparison in comparisons if comparison["procedure"] in labels),
     ]
     if kl_budget is not None:
         reached = ", ".join(f"{r.label} {r.kl.estimate:.3f} ({r.kl.estimate / kl_budget - 1:+.0%})" for r in results)
         lines.append(f"KL budget {kl_budget:g} nats; reached: {reached}.")
     return "\n".join(lines)
+
+
+def _judged(results: Sequence[MethodResult], labels: Sequence[str]) -> list[str]:
+    """The same win rates judged by each further reward; the procedure still chooses by the first."""
+    lines: list[str] = []
+    for name in results[0].of(labels[0]).judged:
+        rows = [["", *labels]]
+        for result in results:
+            entries = [result.of(label).judged.get(name) for label in labels]
+            rows.append([result.label, *("not scored" if e is None else _with_margin(e, 100) for e in entries)])
+        lines += [f"Judged by {name}, which training never saw:", *_columns(rows), ""]
+    return lines
 
 
 def _with_margin(measured: Measured, scale: float) -> str:
