@@ -50,6 +50,13 @@ def sometimes(prompts, completions):
 
 def constant(prompts, completions):
     return [1.0] * len(completions)
+
+def shortness(prompts, completions):
+    return [-len(text) for text in completions]
+
+def patchy(prompts, completions, prompt_id):
+    first = min(prompt_id)
+    return [None if prompt == first and "a" <= text[:1] <= "z" else 1.0 for prompt, text in zip(prompt_id, completions)]
 """
 
 
@@ -174,6 +181,53 @@ def test_a_changed_setting_redoes_exactly_what_depends_on_it(job, finished, tmp_
     subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
     _, recorder = run(job, copy, override)
     assert sorted(recorder.done) == sorted(redone)
+
+
+def test_a_gold_reward_judges_and_redoes_only_scoring_and_measuring(job, finished, tmp_path):
+    from infalign.rollouts.store import RolloutStore
+
+    out, _, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    gold = 'evaluation.gold=[{function: "tiny_rewards:shortness"}, {name: flat, function: "tiny_rewards:constant"}]'
+    result, recorder = run(job, copy, gold)
+    assert recorder.done == [
+        *("Score by gold reward (shortness)", "Score by gold reward (flat)"),
+        *("Measure win rates and KL", "Write the report"),
+    ]
+    for method in result["results"]:
+        for entry in method["procedures"]:
+            assert set(entry["judged"]) == {"shortness", "flat"}
+            assert entry["judged"]["flat"]["estimate"] == pytest.approx(0.5), "every pair is a tie"
+        assert set(method["over_n"]["best-of-n"]["judged"]) == {"shortness", "flat"}
+    assert len(RolloutStore.open(copy / "rollouts" / "evaluation-reference").reward_sources) == 3
+    assert "Judged by shortness, which training never saw:" in result["text"]
+    assert "Judged by other rewards" in (copy / "report.html").read_text()
+    _, recorder = run(job, copy)
+    assert recorder.done == ["Measure win rates and KL", "Write the report"]
+
+
+def test_a_missing_gold_score_is_refused(job, finished, tmp_path):
+    from infalign.errors import InfalignError
+
+    out, _, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    with pytest.raises(InfalignError, match="could not be scored"):
+        run(job, copy, 'evaluation.gold=[{function: "tiny_rewards:patchy"}]')
+
+
+def test_results_of_an_earlier_version_are_measured_again_or_refused(job, finished, tmp_path):
+    from infalign.errors import InputError
+    from infalign.evaluation.record import Evaluation
+
+    out, _, _ = finished
+    old = json.loads((out / "evaluation.json").read_text())
+    for entry in old["results"]:
+        del entry["diagnostics"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match="Run the evaluation again"):
+        Evaluation.read(tmp_path)
 
 
 def test_stage_by_stage_gives_the_same_and_refuses_to_skip(job, finished, tmp_path):

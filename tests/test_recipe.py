@@ -147,3 +147,20 @@ def test_one_reward_or_several(tmp_path):
         parse_recipe(several.replace("{model: rm, weight: 3}", "{}"), where="r", folder=tmp_path)
     with pytest.raises(InputError, match="a url needs a name"):
         parse_recipe(several.replace("model: rm", "url: 'http://localhost:1'"), where="r", folder=tmp_path)
+
+
+def test_gold_rewards_have_names(tmp_path):
+    (tmp_path / "judges" / "strict" / "model").mkdir(parents=True)
+    given = '[{function: "judges:helpful"}, {model: judges/strict/model}, {model: org/judge-2, name: second}]'
+    recipe = parse(MINIMAL, f"evaluation.gold={given}", folder=tmp_path)
+    assert [gold.label for gold in recipe.evaluation.gold] == ["helpful", "strict", "second"]
+    assert recipe.evaluation.gold[1].model == str(tmp_path / "judges" / "strict" / "model")
+    for wrong, message in (
+        ('[{function: "a:f"}, {function: "b:f"}]', "two gold rewards are called f"),
+        ('[{function: "rewards:score"}]', "gold reward score is trained on"),
+        ("[{name: empty}]", "give one of model, function and url"),
+        ('[{name: "../x", function: "a:f"}]', "use letters"),
+        ('[{nmae: x, function: "a:f"}]', "did you mean name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(MINIMAL, f"evaluation.gold={wrong}")

@@ -299,6 +299,10 @@ class Recipe(_Section):
             raise ValueError(
                 f"evaluation.num_samples is {self.evaluation.num_samples}, but its procedures draw up to {needed}"
             )
+        trained = [(one.model, one.function, one.url) for one in self.reward if one.given]
+        for gold in self.evaluation.gold:
+            if (gold.model, gold.function, gold.url) in trained:
+                raise ValueError(f"the gold reward {gold.label} is trained on, so it tells nothing new")
         names = [transform_name(t) for t in self.transforms]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")

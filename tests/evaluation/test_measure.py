@@ -111,7 +111,10 @@ class TestMeasure:
         with pytest.raises(InputError, match="not a stored evaluation"):
             MethodResult.from_dict({"label": "a"})
 
-    @pytest.mark.parametrize("name", ["lengths_PG", "finish_reasons_PG", "ref_lengths_PK", "ref_finish_reasons_PK", "texts_PG", "ref_texts_PK"])
+    @pytest.mark.parametrize(
+        "name",
+        ["lengths_PG", "finish_reasons_PG", "ref_lengths_PK", "ref_finish_reasons_PK", "texts_PG", "ref_texts_PK"],
+    )
     def test_wrong_shape_is_named(self, name):
         with pytest.raises(InputError, match=f"a: {name}"):
             measure("a", np.zeros((3, 4)), np.zeros((3, 4)), np.zeros((3, 4)), [Standard()], **{name: np.zeros((3, 2))})
