@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from infalign.calibration import RefinedCalibrator, RewardCalibrator
     from infalign.calibration_report import CalibrationReport, calibration_report
     from infalign.combined_calibration import CombinedCalibrator
+    from infalign.decode.decoder import Decoder
+    from infalign.decode.local import LocalSampler
+    from infalign.decode.remote import EndpointSampler
+    from infalign.early_stopping import EarlyStopping
     from infalign.errors import InfalignError, InputError, MismatchError, RewardError, StorageError, TrainingError
     from infalign.estimators import win_rate
     from infalign.fitted_procedure import FittedProcedure
@@ -37,6 +41,10 @@ _HOME = {
     "infalign.calibration": ("RefinedCalibrator", "RewardCalibrator"),
     "infalign.calibration_report": ("CalibrationReport", "calibration_report"),
     "infalign.combined_calibration": ("CombinedCalibrator",),
+    "infalign.decode.decoder": ("Decoder",),
+    "infalign.decode.local": ("LocalSampler",),
+    "infalign.decode.remote": ("EndpointSampler",),
+    "infalign.early_stopping": ("EarlyStopping",),
     "infalign.errors": (
         "InfalignError",
         "InputError",
@@ -80,6 +88,7 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "OrderStatistic",
     "Mixture",
     "FittedProcedure",
+    "EarlyStopping",
     "check_procedure",
     "procedure_from_dict",
     "RewardTransform",
@@ -102,6 +111,9 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "CalibrationReport",
     "calibration_report",
     "win_rate",
+    "Decoder",
+    "LocalSampler",
+    "EndpointSampler",
     "InfalignError",
     "InputError",
     "MismatchError",

@@ -352,8 +352,8 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
     """Read back what `InferenceProcedure.to_dict` wrote.
 
     Args:
-        description: A mapping with "kind" (standard, best-of-n, worst-of-n, order-statistic, mixture, fitted) and that
-            kind's own fields (n; k and n; parts; weights and num_samples).
+        description: A mapping with "kind" (standard, best-of-n, worst-of-n, order-statistic, mixture, fitted,
+            early-stopping) and that kind's own fields (n; k and n; parts; weights and num_samples; n, stop_at, block).
 
     Raises:
         InputError: If the kind is unknown or a field is missing, unknown or out of range.
@@ -379,8 +379,10 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
                     raise TypeError(f"unknown field {sorted(fields)[0]!r}")
                 return Mixture((part["weight"], procedure_from_dict(part["procedure"])) for part in parts)
             case "fitted":
-                # By name: a fitted procedure lives one layer above this module.
+                # By name: these live one layer above this module.
                 return cast(InferenceProcedure, import_module("infalign.fitted_procedure").FittedProcedure(**fields))
+            case "early-stopping":
+                return cast(InferenceProcedure, import_module("infalign.early_stopping").EarlyStopping(**fields))
             case _:
                 pass
     except InputError:
@@ -394,7 +396,7 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
     raise InputError(
         f"unknown procedure kind {kind!r}",
         where="procedure",
-        mend="Use one of standard, best-of-n, worst-of-n, order-statistic, mixture, fitted",
+        mend="Use one of standard, best-of-n, worst-of-n, order-statistic, mixture, fitted, early-stopping",
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from infalign.data import Prompt
@@ -19,6 +20,8 @@ from infalign.rollouts.tokens import context_length, excerpt
 
 # On a CPU, throughput is best with a few hundred rows: the cache of more does not fit the processor's own.
 ROWS_ON_CPU = 512
+_MOST_ROWS = 4096
+_SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class Missing:
         prompt_id: The prompt.
         tokens: Its token ids.
         indices: Which of its rollouts.
+        stream: They are decided by (seed, stream, index); the prompt's id if not given.
     """
 
     prompt_id: str
     tokens: list[int]
     indices: list[int]
+    stream: str | None = None
 
 
 def missing_rollouts(
@@ -65,16 +70,66 @@ def take_batch(pending: deque[Missing], rows: int) -> list[Missing]:
     return batch
 
 
+def draw_all(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    missing: Sequence[Missing],
+    end_tokens: Sequence[int],
+    key: RolloutKey,
+    batch_size: int | None = None,
+) -> Iterator[dict[str, list[Any]]]:
+    """Draw all of `missing` in batches that fit in memory; yields each batch as rows for the store.
+
+    Args:
+        model: The policy, in evaluation mode.
+        tokenizer: Its tokenizer.
+        missing: What to draw, the longest prompts first.
+        end_tokens: Tokens that end a response.
+        key: Seed, length, temperature and top_p.
+        batch_size: Rollouts drawn at the same time; by default as many as fit.
+    """
+    rows = batch_size or _rows_in_memory(
+        model, max((len(one.tokens) for one in missing), default=1) + key.max_new_tokens
+    )
+    pending = deque(missing)
+    while pending:
+        batch = take_batch(pending, rows)
+        try:
+            new = draw_batch(model, tokenizer, batch, end_tokens, key)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = max(1, min(rows, sum(len(one.indices) for one in batch)) // 2)
+            pending.extendleft(reversed(batch))
+            torch.cuda.empty_cache()
+            continue
+        yield new
+
+
+def _rows_in_memory(model: PreTrainedModel, longest: int) -> int:
+    """How many rollouts fit in the free memory: their keys and values, and the logits of one token."""
+    if model.device.type != "cuda":
+        return ROWS_ON_CPU
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * width * longest * model.dtype.itemsize
+    logits = config.vocab_size * (model.dtype.itemsize + 4 * 4)  # as they come, and four float32 copies on the way
+    free, _ = torch.cuda.mem_get_info(model.device)
+    # Dropping ended rows copies the cache once.
+    return int(np.clip(_SHARE_OF_MEMORY * free / (2 * cache + logits), 1, _MOST_ROWS))
+
+
 def draw_batch(
     model: PreTrainedModel, tokenizer: Any, batch: Sequence[Missing], end_tokens: Sequence[int], key: RolloutKey
 ) -> dict[str, list[Any]]:
     """Draw a batch: rows for the store, decided by (seed, prompt, index) whoever draws them."""
-    pairs = [(one.prompt_id, index) for one in batch for index in one.indices]
+    pairs = [(one, index) for one in batch for index in one.indices]
     drawn_B = decode(
         model,
         [one.tokens for one in batch],
         np.repeat(np.arange(len(batch)), [len(one.indices) for one in batch]),
-        np.stack([uniforms(key.seed, prompt_id, index, key.max_new_tokens) for prompt_id, index in pairs]),
+        np.stack([uniforms(key.seed, one.stream or one.prompt_id, index, key.max_new_tokens) for one, index in pairs]),
         end_tokens=end_tokens,
         temperature=key.temperature,
         top_p=key.top_p,
@@ -82,7 +137,7 @@ def draw_batch(
     # The end token is no text, whether or not the tokenizer counts it among its special ones.
     shown = [one.token_ids[:-1] if one.ended else one.token_ids for one in drawn_B]
     return {
-        "prompt_id": [prompt_id for prompt_id, _ in pairs],
+        "prompt_id": [one.prompt_id for one, _ in pairs],
         "index": [index for _, index in pairs],
         "text": tokenizer.batch_decode(shown, skip_special_tokens=True),
         "token_ids": [one.token_ids for one in drawn_B],

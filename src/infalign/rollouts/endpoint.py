@@ -6,11 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError
 from infalign.rollouts.http import Endpoint, EndpointError
+from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.plain_sampling import PlainSampling
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
@@ -93,19 +95,19 @@ def sample_endpoint(
 
         with ThreadPoolExecutor(concurrency) as pool:
             waiting = iter([(unique[prompt_id], indices) for prompt_id, indices in missing.items() if indices])
-            running: set[Future[tuple[list[dict[str, Any]], str | None]]] = set()
+            running: set[Future[Finished]] = set()
             try:
                 while True:
                     while len(running) < 2 * concurrency and (task := next(waiting, None)) is not None:
-                        running.add(pool.submit(_finish_prompt, server, model, *task, store.key, count_tokens))
+                        running.add(pool.submit(finish_prompt, server, model, *task, store.key, count_tokens))
                     if not running:
                         break
                     finished, running = wait(running, timeout=_SECONDS_PER_SHARD, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        new, failure = future.result()
-                        rows.extend(new)
-                        if failure is not None:
-                            failures.append(failure)
+                        one = future.result()
+                        rows.extend(one.rows)
+                        if one.failure is not None:
+                            failures.append(str(one.failure))
                     if len(rows) >= _ROWS_PER_SHARD or time.monotonic() - written > _SECONDS_PER_SHARD:
                         flush()
             finally:
@@ -117,23 +119,55 @@ def sample_endpoint(
     return drawn
 
 
-def _finish_prompt(
+@dataclass(frozen=True)
+class Finished:
+    """What a server gave for one prompt.
+
+    Attributes:
+        rows: Rollouts, as a store takes them.
+        failure: Why some are missing; None where none is.
+        num_tokens: Tokens generated, by the server's own count; None where it does not tell.
+    """
+
+    rows: list[dict[str, Any]]
+    failure: EndpointError | None
+    num_tokens: int | None
+
+
+def finish_prompt(
     server: PlainSampling,
     model: str,
     prompt: Prompt,
-    indices: list[int],
-    key: Any,
+    indices: Sequence[int],
+    key: RolloutKey,
     count_tokens: Callable[[str], int] | None,
-) -> tuple[list[dict[str, Any]], str | None]:
-    """All missing rollouts of one prompt, or as many as could be had and why not the others."""
+    stream: str | None = None,
+) -> Finished:
+    """All missing rollouts of one prompt, or as many as could be had.
+
+    Args:
+        server: The server.
+        model: The model's name there.
+        prompt: The prompt.
+        indices: Which of its rollouts.
+        key: Seed, length, temperature and top_p.
+        count_tokens: As in `sample_endpoint`.
+        stream: The rollouts are decided by (seed, stream, index), as far as the server honours seeds; the prompt's id
+            by default.
+    """
+    stream = prompt.id if stream is None else stream
     rows: list[dict[str, Any]] = []
+    told: list[int | None] = []
+    failure = None
     empty_answers = 0
-    while len(rows) < len(indices):
+    while len(rows) < len(indices) and failure is None:
         lacking = indices[len(rows) :]
         try:
-            choices = _ask(server, model, prompt, len(lacking), _seed(key.seed, prompt.id, lacking[0]), key)
+            choices, num_tokens = _ask(server, model, prompt, len(lacking), _seed(key.seed, stream, lacking[0]), key)
         except EndpointError as error:
-            return rows, str(error)
+            failure = error
+            break
+        told.append(num_tokens)
         usable = [choice for choice in choices if choice is not None]
         for index, (text, reason) in zip(lacking, usable, strict=False):
             tokens = None if count_tokens is None else count_tokens(text) + (reason == "stop")
@@ -150,14 +184,18 @@ def _finish_prompt(
             )
         empty_answers = 0 if usable else empty_answers + 1
         if empty_answers > server.endpoint.retries:
-            return rows, f"the server gave no finished choice for prompt {prompt.id} in {empty_answers} answers"
-    return rows, None
+            failure = EndpointError(
+                f"the server gave no finished choice for prompt {prompt.id} in {empty_answers} answers",
+                where=server.endpoint.url,
+            )
+    counts = [count for count in told if count is not None]
+    return Finished(rows, failure, sum(counts) if len(counts) == len(told) else None)
 
 
 def _ask(
-    server: PlainSampling, model: str, prompt: Prompt, n: int, seed: int, key: Any
-) -> list[tuple[str, str] | None]:
-    """Text and finish reason of each choice; None for one that did not end by itself or by its length."""
+    server: PlainSampling, model: str, prompt: Prompt, n: int, seed: int, key: RolloutKey
+) -> tuple[list[tuple[str, str] | None], int | None]:
+    """Text and finish reason of each choice, None for one that ended otherwise; and the tokens of all, if told."""
     settings = {
         "model": model,
         "n": n,
@@ -173,7 +211,9 @@ def _ask(
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list):
         raise EndpointError(f"the answer has no choices: {str(answer)[:200]}", where=server.endpoint.url)
-    return [_read_choice(choice) for choice in choices]
+    usage = answer.get("usage")
+    num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return [_read_choice(choice) for choice in choices], num_tokens if type(num_tokens) is int else None
 
 
 def _read_choice(choice: Any) -> tuple[str, str] | None:
@@ -184,7 +224,7 @@ def _read_choice(choice: Any) -> tuple[str, str] | None:
     return (text, reason) if isinstance(text, str) and reason in ("stop", "length") else None
 
 
-def _seed(seed: int, prompt_id: str, index: int) -> int:
-    """A seed of 31 bits for the rollouts of a prompt from `index` on."""
-    digest = hashlib.blake2b(f"{seed}\0{prompt_id}\0{index}".encode(), digest_size=8).digest()
+def _seed(seed: int, stream: str, index: int) -> int:
+    """A seed of 31 bits for the rollouts of a stream from `index` on."""
+    digest = hashlib.blake2b(f"{seed}\0{stream}\0{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 33

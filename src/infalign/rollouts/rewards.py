@@ -46,10 +46,12 @@ class RewardSource(ABC):
     Attributes:
         key: Names the source; a source that would score otherwise has another key.
         description: What it is, as plain data, kept beside its rewards.
+        concurrent: Whether several threads may score at the same time.
     """
 
     key: str
     description: dict[str, Any]
+    concurrent: bool = False
 
     @abstractmethod
     def score_rows(
@@ -208,6 +210,8 @@ class HTTPReward(RewardSource):
         batch_size: Responses per request.
         concurrency: Requests under way at the same time.
     """
+
+    concurrent = True
 
     def __init__(self, endpoint: Endpoint, *, name: str, batch_size: int = 64, concurrency: int = 8) -> None:
         self._endpoint = endpoint

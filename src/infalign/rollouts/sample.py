@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.batches import ROWS_ON_CPU, draw_batch, missing_rollouts, require_fit, require_key, take_batch
+from infalign.rollouts.batches import draw_all, missing_rollouts, require_fit, require_key
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
-
-_MOST_ROWS = 4096
-_SHARE_OF_MEMORY = 0.5
 
 
 def sample(
@@ -85,20 +78,7 @@ def sample(
             drawn, done = 0, total - sum(len(one.indices) for one in missing)
             num_tokens, started = 0, time.monotonic()
             report(done, total, "")
-            longest = max((len(one.tokens) for one in missing), default=1) + key.max_new_tokens
-            rows = batch_size or _rows_in_memory(model, longest)
-            pending = deque(missing)
-            while pending:
-                batch = take_batch(pending, rows)
-                try:
-                    new = draw_batch(model, tokenizer, batch, ends, key)
-                except torch.OutOfMemoryError:
-                    if rows == 1:
-                        raise
-                    rows = max(1, min(rows, sum(len(one.indices) for one in batch)) // 2)
-                    pending.extendleft(reversed(batch))
-                    torch.cuda.empty_cache()
-                    continue
+            for new in draw_all(model, tokenizer, missing, ends, key, batch_size):
                 store.append(new)
                 drawn += len(new["index"])
                 num_tokens += sum(new["num_tokens"])
@@ -107,17 +87,3 @@ def sample(
     finally:
         model.train(was_training)
     return drawn
-
-
-def _rows_in_memory(model: PreTrainedModel, longest: int) -> int:
-    """How many rollouts fit in the free memory: their keys and values, and the logits of one token."""
-    if model.device.type != "cuda":
-        return ROWS_ON_CPU
-    config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * longest * model.dtype.itemsize
-    logits = config.vocab_size * (model.dtype.itemsize + 4 * 4)  # as they come, and four float32 copies on the way
-    free, _ = torch.cuda.mem_get_info(model.device)
-    # Dropping ended rows copies the cache once.
-    return int(np.clip(_SHARE_OF_MEMORY * free / (2 * cache + logits), 1, _MOST_ROWS))
