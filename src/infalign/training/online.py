@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
+from infalign.training.baseline import Baseline, BaselineTrainer
 from infalign.training.kl_control import KLController
 from infalign.training.landing import Landing, land
 from infalign.training.objective import FIXED, RELIED_ON, refuse_changed_objective
@@ -63,6 +64,7 @@ def align(
     prompts_per_step: int = 16,
     num_generations: int = 16,
     learning_rate: float = 1e-5,
+    baseline: Baseline = "known",
     kl_budget: float | None = None,
     kl_prompts: Sequence[Prompt] | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -87,6 +89,7 @@ def align(
         prompts_per_step: P, prompts drawn in one step.
         num_generations: G, rollouts per prompt in one step.
         learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
+        baseline: What is subtracted from a rollout's reward (`baseline.py`).
         kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is
             scaled (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
         kl_prompts: Prompts for that measurement, best not among `prompts`, which serve if there are none.
@@ -119,6 +122,7 @@ def align(
         _training_rows(prompts, steps * prompts_per_step, seed),
         callback,
         lora,
+        baseline,
         _rloo_config(
             out / "checkpoints",
             steps=steps,
@@ -159,6 +163,7 @@ def check_training(
     num_generations: int,
     learning_rate: float,
     max_new_tokens: int,
+    baseline: Baseline,
     lora: Mapping[str, Any] | None,
     save_steps: int,
     rloo: Mapping[str, Any],
@@ -169,6 +174,7 @@ def check_training(
         InputError: If a field is unknown, unusable, or would change the objective.
     """
     refuse_changed_objective(rloo)
+    assert baseline in get_args(Baseline), "held by the recipe"
     if lora is not None:
         lora_config(lora)
     _rloo_config(
@@ -253,12 +259,14 @@ def _make_trainer(
     dataset: Dataset,
     callback: TrainerCallback,
     lora: Mapping[str, Any] | None,
+    baseline: Baseline,
     config: RLOOConfig,
 ) -> RLOOTrainer:
     try:
-        trainer = RLOOTrainer(
+        trainer = BaselineTrainer(
+            baseline=baseline,
             model=model,
-            reward_funcs=reward,  # pyright: ignore[reportArgumentType]  TRL's list type is invariant
+            reward_funcs=reward,
             args=config,
             train_dataset=dataset,
             processing_class=tokenizer,

@@ -100,6 +100,15 @@ class TransformedReward:
             out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K])
         return out_B
 
+    def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
+        """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6), in nats, shape (B,)."""
+        num_ref_B = self.calibrator.num_ref_P[self._rows(prompt_id)]
+        out_B = np.empty(len(num_ref_B))
+        for num_ref in np.unique(num_ref_B):
+            table = self._tilt_table(int(num_ref))
+            out_B[num_ref_B == num_ref] = np.logaddexp.reduce(table) - np.log(len(table))
+        return out_B
+
     def __call__(
         self,
         prompts: Sequence[Any],

@@ -1,0 +1,71 @@
+"""The baseline of the policy gradient: what is known of the optimum, instead of other responses to the same prompt.
+
+At the optimum Φ/β − log(π/p) is log Z for every response (M12), and Z is known from the calibration alone. Before that
+the two differ by a residual whose mean, −KL(π‖π*), is much the same for all prompts: it is estimated from all other
+responses of the step. Nothing depends on how many responses a prompt has, down to one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+from infalign.training.reward import TransformedReward
+
+Baseline = Literal["known", "leave-one-out"]
+
+
+class BaselineTrainer(RLOOTrainer):
+    """TRL's `RLOOTrainer` with a choice of baseline.
+
+    Both baselines leave the expected gradient as it is: neither depends on the response it is subtracted from.
+    Logs the spread of the residual (M12; 0 at the optimum) and the mean square of the advantage with each baseline.
+
+    Args:
+        baseline: "known" (M12), or "leave-one-out" over the other responses to the prompt, as TRL does.
+        **arguments: As for `RLOOTrainer`.
+    """
+
+    def __init__(self, *, baseline: Baseline = "known", **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.baseline = baseline
+        self._scoring = False
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        source = self.reward_funcs[0]
+        assert self.model is not None, "held by the trainer"
+        if not self.model.training or not isinstance(source, TransformedReward):
+            return super()._generate_and_score_completions(inputs)
+        # Before the rewards are asked for: a transform that follows the policy changes with every step.
+        log_z_B = torch.tensor(source.log_normalizer([row["prompt_id"] for row in inputs]))
+        self._scoring = True
+        output = super()._generate_and_score_completions(inputs)
+        self._scoring = False
+        log_ratio_B = output["old_logps"] - (self._reference_logps * output["completion_mask"]).sum(1)
+        first = self.accelerator.process_index * len(inputs)
+        reward_B = self._rewards[first : first + len(inputs), 0]
+        residual_B = reward_B - log_ratio_B - log_z_B.to(reward_B)
+        residual_N: Any = self.accelerator.gather(residual_B)
+        known_B = residual_B - (residual_N.sum() - residual_B) / (len(residual_N) - 1)
+        squares = torch.stack([output["advantages"].square().mean(), known_B.square().mean()])
+        reduced: Any = self.accelerator.reduce(squares, reduction="mean")
+        leave_one_out, known = reduced.tolist()
+        metrics = self._metrics["train"]
+        metrics["residual_std"].append(residual_N.std().item())
+        metrics["advantage_square/leave_one_out"].append(leave_one_out)
+        metrics["advantage_square/known"].append(known)
+        if self.baseline == "known":
+            output["advantages"] = known_B.to(output["advantages"])
+        return output
+
+    def _calculate_rewards(self, *arguments: Any, **more: Any) -> torch.Tensor:
+        self._rewards = super()._calculate_rewards(*arguments, **more)
+        return self._rewards
+
+    def _get_per_token_logps_and_entropies(self, *arguments: Any, **more: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*arguments, **more)
+        if self._scoring:  # the policy's first, then the reference's, which stay
+            self._reference_logps = found[0]
+        return found
