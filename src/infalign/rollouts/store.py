@@ -4,6 +4,7 @@
     rollouts/000000.parquet …    one row per rollout
     rewards/<source>/source.json what produced these rewards
     rewards/<source>/000000.parquet …
+    computed/000000.parquet …    tokens and log-probabilities that the sampler did not give, computed afterwards
 
 Rollout `index` of a prompt is 0..K−1. Any Parquet reader can read it; `dataset()` gives a Hugging Face `Dataset`.
 """
@@ -51,6 +52,9 @@ REWARD_SCHEMA = pa.schema(
         ("error", pa.string()),  # why not
     ]
 )
+COMPUTED_SCHEMA = pa.schema(
+    [ROLLOUT_SCHEMA.field(n) for n in ("prompt_id", "index", "token_ids", "logprob", "num_tokens")]
+)
 _arrow: Any = vars(pc)  # pyarrow makes these functions at run time, unseen by type checkers
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -66,6 +70,7 @@ class RolloutStore:
         self.path = path
         self.key = key
         self._log = ShardLog(path / "rollouts", ROLLOUT_SCHEMA)
+        self._computed = ShardLog(path / "computed", COMPUTED_SCHEMA)
         self._rewards: dict[str, ShardLog] = {}
         self._present: dict[str, set[int]] | None = None  # known only while this object holds the lock
 
@@ -162,7 +167,30 @@ class RolloutStore:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rollouts as an Arrow table, in the order they were drawn."""
-        return self._log.read(columns)
+        wanted = ROLLOUT_SCHEMA.names if columns is None else list(columns)
+        later = [name for name in wanted if name in COMPUTED_SCHEMA.names[2:]]
+        computed = self._computed.read() if later and self._computed.folder.is_dir() else None
+        if computed is None or not computed.num_rows:
+            return self._log.read(columns)
+        table = self._log.read(list(dict.fromkeys(["prompt_id", "index", *wanted])))
+        order = np.argsort(_pair_keys(computed), kind="stable")
+        keys, mine = _pair_keys(computed)[order], _pair_keys(table)
+        place = np.minimum(np.searchsorted(keys, mine), len(keys) - 1)
+        found = keys[place] == mine
+        rows = pa.array(order[place], mask=~found)
+        for name in later:
+            filled = _arrow["coalesce"](table[name], computed[name].take(rows))
+            table = table.set_column(table.schema.get_field_index(name), name, filled)
+        return table.select(wanted)
+
+    def append_computed(self, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Add tokens and log-probabilities of rollouts that have none, in one atomic step; columns `COMPUTED_SCHEMA`.
+
+        Raises:
+            StorageError: They cannot be written; nothing was added then.
+        """
+        with self._computed.writing():
+            self._computed.append(pa.table(dict(rows), schema=COMPUTED_SCHEMA))
 
     def dataset(self) -> Dataset:
         """All rollouts as a Hugging Face `Dataset`, with a column `reward_<source>` for each reward source."""
@@ -186,13 +214,15 @@ class RolloutStore:
             raise InputError(f"there is no column {column!r}", where="column_PK",
                              mend=f"There are: {', '.join(ROLLOUT_SCHEMA.names)}")  # fmt: skip
         columns = list(dict.fromkeys(["prompt_id", "index", column]))
-        table, rows_PK = self._locate(self._log.read(columns), prompt_ids, k, "rollouts")
+        table, rows_PK = self._locate(self.table(columns), prompt_ids, k, "rollouts")
         values = table[column]
         if values.null_count:
             empty = np.flatnonzero(values.is_null().to_numpy()[rows_PK.ravel()])
             if empty.size:
                 at = f"rollout {empty[0] % k} of prompt {prompt_ids[empty[0] // k]}"
-                raise InputError(f"{empty.size} rollouts have no {column}, the first is {at}", where=str(self.path))
+                mend = "infalign.rollouts.fill.compute_logprobs computes what a server did not give"
+                raise InputError(f"{empty.size} rollouts have no {column}, the first is {at}", where=str(self.path),
+                                 mend=mend)  # fmt: skip
         if pa.types.is_integer(values.type):
             return values.to_numpy().astype(np.int64)[rows_PK]
         if pa.types.is_floating(values.type):
