@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
     from infalign.theory.tilt import TiltedPolicy
+    from infalign.trainer_reward import load_transformed_reward
     from infalign.transforms import Exponential, Identity, Log, RewardTransform, Tabulated, transform_from_dict
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ _HOME = {
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
     "infalign.theory.plan": ("Plan", "limit", "plan"),
     "infalign.theory.tilt": ("TiltedPolicy",),
+    "infalign.trainer_reward": ("load_transformed_reward",),
     "infalign.transforms": (
         "Exponential",
         "Identity",
@@ -110,6 +112,7 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "RefinedCalibrator",
     "CalibrationReport",
     "calibration_report",
+    "load_transformed_reward",
     "win_rate",
     "Decoder",
     "LocalSampler",

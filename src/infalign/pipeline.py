@@ -23,7 +23,7 @@ from infalign.report.calibration_display import calibration_lines
 from infalign.report.table import text_table
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
-from infalign.run_folder import RunFolder, fingerprint, storage_failure
+from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
 from infalign.run_rewards import open_reward
 from infalign.stages import Stages
 
@@ -152,6 +152,8 @@ class Pipeline:
             stages.make_plan,
             title="Choose beta and transforms",
         )
+        # From here on the folder can be used without the recipe's file, as a reward for other trainers.
+        write_json(self.out / RECIPE, recipe.model_dump(mode="json"))
         plan, summary = stages.read_json("plan.json"), stages.read_json("calibration/summary.json")
         lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
         if summary["unscored"]:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from infalign.errors import MismatchError, StorageError
 
 FORMAT = 1
+RECIPE = "recipe.json"  # the recipe that a calibrated run was made with
 
 
 def fingerprint(content: Any) -> str:

@@ -194,12 +194,11 @@ class Stages:
         recipe, prompts = self.recipe, self.prompts("train")
         # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
         kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
-        calibrator = self.calibrator()
         align(
             self.reference,
             self.out / "policies" / planned.name,
             prompts[kept:],
-            TransformedReward(self.rewards.source(), calibrator, prompts.ids, planned.transform, planned.beta),
+            self.transformed_reward(planned),
             max_new_tokens=recipe.rollouts.max_new_tokens,
             kl_budget=recipe.kl_budget,
             kl_prompts=prompts[:kept],
@@ -303,6 +302,12 @@ class Stages:
         """The calibration on the training prompts."""
         kind = CombinedCalibrator if self.rewards.combined else RewardCalibrator
         return kind.load(self.out / "calibration" / "calibrator")
+
+    def transformed_reward(self, planned: PlannedTransform) -> TransformedReward:
+        """What training with one transform maximises."""
+        return TransformedReward(
+            self.rewards.source(), self.calibrator(), self.prompts("train").ids, planned.transform, planned.beta
+        )
 
     def policy_folder(self, name: str) -> Path:
         """Where an aligned model is."""

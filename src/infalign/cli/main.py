@@ -21,6 +21,7 @@ from infalign.cli.run import (
     run_command,
     train_command,
 )
+from infalign.cli.serve_reward import serve_reward_command
 from infalign.errors import InfalignError
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("calibrate")(calibrate_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
+app.command("serve-reward")(serve_reward_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -74,7 +74,7 @@ def execute(
     reporter.say("Loading libraries …")
     from infalign.pipeline import Pipeline
 
-    _silence_libraries()
+    silence_libraries()
     pipeline = Pipeline(recipe, out, reporter)
     if dry_run:
         print_result(pipeline.check(), as_json)
@@ -95,7 +95,7 @@ def print_result(result: dict[str, object], as_json: bool) -> None:
         typer.echo(result["text"])
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """The pipeline shows its own progress; the libraries' bars and notes to their own developers would drown it."""
     import warnings
 

@@ -137,7 +137,26 @@ class TransformedReward:
                 where="TransformedReward",
                 mend="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
+        rewards = self.score(prompts, completions, prompt_id, **columns)
+        if log_metric is not None:
+            log_metric("calibrated_reward", float(self.calibrate(rewards, prompt_id).mean()))
+            # Several raw rewards have no common scale: the first stands for them in the log.
+            log_metric("raw_reward", float(rewards.reshape(len(rewards), -1)[:, 0].mean()))
+        tilt_B = self.tilt(rewards, prompt_id)
+        self.follow(rewards, prompt_id)  # after use: a reward must not depend on its own noise
+        return tilt_B.tolist()
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], prompt_id: Sequence[str], **columns: Any
+    ) -> Float:
+        """Raw rewards of responses to known prompts, shape (B,), or (B, M) of several sources.
+
+        Raises:
+            InputError: If a prompt's columns are to be taken from its row and the prompt is unknown.
+            RewardError: If the source leaves a response without a finite score.
+        """
         if self._prompt_of:
+            self._rows(prompt_id)
             columns |= columns_of([self._prompt_of[i] for i in prompt_id], self._columns)
         scores = self.source.score_rows(prompts, completions, **{**columns, "prompt_id": list(prompt_id)})
         rewards = scores.rewards
@@ -150,16 +169,14 @@ class TransformedReward:
                 where=str(self.source),
                 mend="Every response needs a number during training; mend the reward for such responses",
             )
-        if log_metric is not None:
-            log_metric("calibrated_reward", float(self.calibrate(rewards, prompt_id).mean()))
-            # Several raw rewards have no common scale: the first stands for them in the log.
-            log_metric("raw_reward", float(rewards.reshape(len(rewards), -1)[:, 0].mean()))
-        tilt_B = self.tilt(rewards, prompt_id)
-        if isinstance(self.transform, SelfConsistentTransform):  # after use: a reward must not depend on its own noise
+        return rewards
+
+    def follow(self, rewards: Float, prompt_id: Sequence[str]) -> None:
+        """Let a self-consistent transform take in the policy's raw `rewards`, shape as in `tilt`; others stay."""
+        if isinstance(self.transform, SelfConsistentTransform):
             rows = self._rows(prompt_id)
             self.transform.update(self.calibrator.ranks(rewards, prompt_index=rows), self.calibrator.num_ref_P[rows])
             self._tilt_of_K = {}
-        return tilt_B.tolist()
 
     def state(self) -> dict[str, Any]:
         """What changes during training, JSON-able."""

@@ -31,6 +31,10 @@ class SelfConsistentTransform:
     Args:
         procedure: What the policy will be used through.
         memory: Weight of the past in F̂; 0.8 averages over about five steps.
+
+    Attributes:
+        rollouts_per_step: How many rollouts make a step, for a trainer that asks for its rewards in parts or one by
+            one; None where every update is a step.
     """
 
     label = "self-consistent"
@@ -38,6 +42,7 @@ class SelfConsistentTransform:
     def __init__(self, procedure: InferenceProcedure, memory: float = 0.8) -> None:
         self.procedure = procedure
         self.memory = memory
+        self.rollouts_per_step: int | None = None
         self._objective = Objective.of(procedure)
         self.edges = np.linspace(0.0, 1.0, CELLS + 1)
         self._opponents = self._objective.opponent_densities(self.edges)
@@ -45,14 +50,16 @@ class SelfConsistentTransform:
         self._cells_of_K: dict[int, Float] = {}
 
     def update(self, rank_B: Float, num_ref_B: NDArray[np.integer]) -> None:
-        """Take in the ranks of one step's rollouts, each spread evenly over its share of [0, 1].
+        """Take in the ranks of rollouts, of one step or a part of it, each spread evenly over its share of [0, 1].
 
         Args:
             rank_B: Ranks among the references, 0..K, shape (B,).
             num_ref_B: K of each rollout's prompt, shape (B,).
         """
         reached = self.edges[None, :] * (num_ref_B[:, None] + 1.0) - rank_B[:, None]
-        self.cdf = self.memory * self.cdf + (1 - self.memory) * np.clip(reached, 0.0, 1.0).mean(axis=0)
+        steps = 1.0 if self.rollouts_per_step is None else len(rank_B) / self.rollouts_per_step
+        kept = self.memory**steps
+        self.cdf = kept * self.cdf + (1 - kept) * np.clip(reached, 0.0, 1.0).mean(axis=0)
 
     def value(self) -> Float:
         """R at the cells' edges, R(0) = 0 (M13)."""

@@ -1,0 +1,51 @@
+"""`infalign serve-reward`: a run's transformed reward as a server, for trainers elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infalign.cli.console import ConsoleReporter
+
+
+def serve_reward_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run with a finished calibration.")],
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Name of the transform, as in plan.json [default: the recipe's own].")
+    ] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="KL coefficient [default: the planned one].")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; anyone who reaches it can ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5000,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Most requests under way; more are told to wait.")
+    ] = 4096,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds a request may take.")] = 170.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Most requests scored together.")] = 64,
+) -> None:
+    """Serve the reward of a run over OpenRLHF's remote reward protocol, as POST /get_reward, until stopped."""
+    reporter = ConsoleReporter()
+    reporter.say("Loading libraries …")
+    if str(Path.cwd()) not in sys.path:  # a reward given as module:function may lie where the user stands
+        sys.path.insert(0, str(Path.cwd()))
+    from infalign.cli.run import silence_libraries
+    from infalign.serving.reward_app import make_reward_app
+    from infalign.serving.web import listen, run_app
+    from infalign.trainer_reward import TrainerReward
+
+    silence_libraries()
+    reward = TrainerReward(run_folder, policy, beta=beta)
+    app, batcher = make_reward_app(reward, capacity=queue, timeout=timeout, batch_size=batch_size)
+    listener = listen(host, port)
+    transformed = reward.transformed
+    reporter.say(
+        f"Rewards in nats ({transformed.transform.label} transform, beta {transformed.beta:.4g}) of responses to "
+        f"{len(reward.prompts)} prompts"
+    )
+    address = f"http://{host}:{listener.getsockname()[1]}/get_reward"
+    run_app(app, listener, grace=timeout, on_start=lambda: reporter.say(f"Serving on {address}"), on_stop=batcher.stop)
+    reporter.say("Stopped.")

@@ -1,0 +1,121 @@
+"""`infalign serve-reward`: a run's transformed reward over HTTP, in OpenRLHF's remote reward protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infalign.rollouts.models import load_tokenizer
+from infalign.serving.batcher import Batcher
+from infalign.serving.openrlhf import PromptTexts
+from infalign.serving.web import FastAPI, Request, make_app, while_connected
+from infalign.trainer_reward import TrainerReward
+
+MAX_BODY = 64 << 20
+MAX_RESPONSES = 4096
+
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_RESPONSES)]
+
+
+class RewardRequest(BaseModel):
+    """What OpenRLHF posts.
+
+    Attributes:
+        query: Prompt and response as one text, with special tokens, for each of B responses.
+        prompts: The B prompts as the policy was shown them.
+        labels: Not used: calibration goes by the prompt.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    query: Texts
+    prompts: Texts
+    labels: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> RewardRequest:
+        if len(self.query) != len(self.prompts):
+            raise ValueError(f"there are {len(self.query)} queries and {len(self.prompts)} prompts")
+        return self
+
+
+class RewardAnswer(BaseModel):
+    """What OpenRLHF reads: B numbers under each name.
+
+    Attributes:
+        rewards: Φ_K/β in nats (M6): what the advantage is made of.
+        scores: Calibrated rewards in [0, 1] (M5): what dynamic filtering looks at.
+        extra_logs: `calibrated_reward` and `raw_reward`, for the trainer's log.
+    """
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    prompt_ids: list[str]
+    responses: list[str]
+
+
+def make_reward_app(
+    reward: TrainerReward, *, capacity: int, timeout: float, batch_size: int
+) -> tuple[FastAPI, Batcher]:
+    """The server's application.
+
+    Args:
+        reward: What is served.
+        capacity: Most requests taken in and not finished; more are answered with 429.
+        timeout: Seconds until a request is given up.
+        batch_size: Most requests scored together.
+
+    Returns:
+        The application, and the queue behind it, to be stopped with the server.
+    """
+    stages = reward.stages
+    texts = PromptTexts(
+        reward.prompts, load_tokenizer(stages.reference, trust_remote_code=stages.recipe.policy.trust_remote_code)
+    )
+    batcher = Batcher[_Asked, RewardAnswer](
+        lambda asked: _reward(reward, asked), capacity=capacity, max_batch=batch_size
+    )
+    app = make_app("infalign serve-reward", max_body=MAX_BODY)
+
+    @app.post("/get_reward")
+    async def get_reward(asked: RewardRequest, request: Request) -> RewardAnswer | None:
+        """Reward responses to the run's training prompts."""
+        pairs = list(zip(asked.query, asked.prompts, strict=True))
+        wanted = _Asked(
+            [texts.prompt_id(prompt) for _, prompt in pairs], [texts.response(query, prompt) for query, prompt in pairs]
+        )
+        return await while_connected(request, batcher.do(wanted, timeout=timeout))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """How busy the server is."""
+        return {"status": "ok", "open": batcher.num_open, "waiting": batcher.num_waiting, "capacity": batcher.capacity}
+
+    return app, batcher
+
+
+def _reward(reward: TrainerReward, asked: Sequence[_Asked]) -> list[RewardAnswer]:
+    """Score several requests in one go."""
+    worth = reward([i for one in asked for i in one.prompt_ids], [text for one in asked for text in one.responses])
+    answers: list[RewardAnswer] = []
+    start = 0
+    for one in asked:
+        rows = slice(start, start + len(one.responses))
+        calibrated = worth.calibrated_B[rows].tolist()
+        answers.append(
+            RewardAnswer(
+                rewards=worth.nats_B[rows].tolist(),
+                scores=calibrated,
+                extra_logs={"calibrated_reward": calibrated, "raw_reward": worth.rewards_B[rows].tolist()},
+            )
+        )
+        start = rows.stop
+    return answers

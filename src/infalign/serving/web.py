@@ -1,0 +1,233 @@
+"""What both servers share: errors as JSON, a limit to what is read, and a server that stops when asked and not before.
+
+FastAPI and uvicorn are the extra `serve`; this module says so where they are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from infalign.errors import InfalignError, InputError
+from infalign.rollouts.http import EndpointError, RequestRefusedError
+from infalign.serving.batcher import BusyError, LateError, StoppingError
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as missing:
+    raise InputError(
+        f"serving needs FastAPI and uvicorn ({missing})", where="infalign.serving", mend="pip install 'infalign[serve]'"
+    ) from missing
+
+Result = TypeVar("Result")
+log = logging.getLogger("infalign.serving")
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def error_response(status: int, message: str, *, kind: str, retry_after: int | None = None) -> JSONResponse:
+    """An error in the shape that the OpenAI client reads.
+
+    Args:
+        status: HTTP status.
+        message: What was wrong, and the mend.
+        kind: A word for programs.
+        retry_after: Seconds, for the header of that name.
+    """
+    content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+def make_app(title: str, *, max_body: int) -> FastAPI:
+    """An application that answers every error as JSON and reads no request larger than `max_body` bytes."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, max_body=max_body)
+
+    @app.exception_handler(RequestValidationError)
+    async def _wrong_request(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError), "registered for it"
+        return error_response(400, _explain(error), kind="invalid_request_error")
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException), "registered for it"
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return error_response(error.status_code, str(error.detail), kind=kind)
+
+    @app.exception_handler(BusyError)
+    async def _busy(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, BusyError), "registered for it"
+        text = "as many requests as this server takes in are under way; ask again later"
+        return error_response(429, text, kind="rate_limit_error", retry_after=error.retry_after)
+
+    @app.exception_handler(StoppingError)
+    async def _stopping(request: Request, error: Exception) -> JSONResponse:
+        return error_response(503, "the server is stopping", kind="server_error", retry_after=5)
+
+    @app.exception_handler(LateError)
+    async def _late(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, LateError), "registered for it"
+        told = "was not finished" if error.began else "was not begun"
+        return error_response(503, f"the request {told} within the server's time limit", kind="timeout", retry_after=5)
+
+    @app.exception_handler(InfalignError)
+    async def _ours(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, InfalignError), "registered for it"
+        # What and mend only: where it happened may name the operator's files and machines.
+        message = error.what if error.mend is None else f"{error.what}. {error.mend}"
+        if isinstance(error, InputError | RequestRefusedError):
+            return error_response(400, message, kind="invalid_request_error")
+        log.error("%s", error)
+        if isinstance(error, EndpointError):
+            text = f"the upstream server does not answer: {error.what}"
+            return error_response(503, text, kind="upstream_error", retry_after=5)
+        return error_response(500, message, kind="server_error")
+
+    @app.exception_handler(Exception)
+    async def _fault(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"a fault of this server ({type(error).__name__})", kind="server_error")
+
+    return app
+
+
+class BodyLimit:
+    """Refuses a request body above `max_body` bytes with status 413, whether or not its length is announced."""
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        self._app = app
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        refusal = error_response(
+            413, f"the request is larger than {self._max_body:,} bytes", kind="invalid_request_error"
+        )
+        if not announced.isdigit() or int(announced) > self._max_body:
+            await self._read_on(receive, 0)
+            await refusal(scope, receive, send)
+            return
+        read = 0
+        refused = False
+
+        async def counted() -> Message:
+            nonlocal read, refused
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_body and not refused:
+                refused = True
+                if message.get("more_body", False):
+                    await self._read_on(receive, read)
+                raise HTTPException(413, f"the request is larger than {self._max_body:,} bytes")
+            return message
+
+        await self._app(scope, counted, send)
+
+    async def _read_on(self, receive: Receive, read: int) -> None:
+        """Read the rest and drop it, so that the client gets to read the answer; but not without end."""
+        while read < 16 * self._max_body:
+            message = await receive()
+            read += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                return
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; None, with `work` given up, once the client has gone."""
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_LOOKS)
+            if done:
+                return task.result()
+            if await request.is_disconnected():
+                return None
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve on.
+
+    Raises:
+        InputError: If the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"this address cannot be served on ({error})",
+            where=f"{host}:{port}",
+            mend="Choose another --host or --port",
+        ) from error
+
+
+def run_app(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    grace: float,
+    on_start: Callable[[], None],
+    on_stop: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take in nothing more and finish what is under way.
+
+    Args:
+        app: What is served.
+        listener: From `listen`.
+        grace: Seconds to finish in.
+        on_start: Called once requests are answered and signals are heeded.
+        on_stop: Called when the signal comes, while requests under way go on.
+    """
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)), lifespan="off"
+    )
+    # uvicorn raises the signal again once it has stopped: what was asked for is done, so that must not kill us.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        _Server(config, on_start, on_stop).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+        self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await super().shutdown(sockets)
+
+
+def _explain(error: RequestValidationError) -> str:
+    """The first thing wrong with a request, in words."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return f"the request is not valid JSON ({first.get('ctx', {}).get('error', first['msg'])})"
+    text = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text

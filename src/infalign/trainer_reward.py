@@ -1,0 +1,155 @@
+"""The reward that a run was made with, out of its folder, for a trainer of one's own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from infalign.errors import InputError, MismatchError, StorageError
+from infalign.recipe import Recipe
+from infalign.run_folder import RECIPE
+from infalign.stages import Stages
+from infalign.training.reward import TransformedReward
+from infalign.training.self_consistent import SelfConsistentTransform
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What B responses are worth.
+
+    Attributes:
+        nats_B: Φ_K/β (M6), what the trainer maximises with a KL coefficient of 1.
+        calibrated_B: Calibrated rewards C in [0, 1] (M5).
+        rewards_B: Raw rewards; of several sources together the first.
+    """
+
+    nats_B: Float  # noqa: N815
+    calibrated_B: Float  # noqa: N815
+    rewards_B: Float  # noqa: N815
+
+
+class TrainerReward:
+    """The transformed reward of a run for trainers that hand over a prompt's id and the response's text.
+
+    Calls from several threads are taken one after the other.
+
+    Args:
+        run_folder: As in `load_transformed_reward`, whose errors it raises.
+        policy: As there.
+        beta: As there.
+    """
+
+    def __init__(self, run_folder: str | Path, policy: str | None = None, *, beta: float | None = None) -> None:
+        self.transformed = load_transformed_reward(run_folder, policy, beta=beta)
+        self.stages = open_run(run_folder)
+        self.prompts = self.stages.prompts("train")
+        self._content_of = {prompt.id: prompt.prompt for prompt in self.prompts}
+        self._lock = threading.Lock()
+
+    def __call__(self, prompt_ids: Sequence[str], responses: Sequence[str]) -> Rewarded:
+        """Reward B responses.
+
+        Raises:
+            InputError: If a prompt is not one of the run's training prompts.
+            RewardError: If the reward's source leaves a response without a finite score.
+        """
+        self.require(prompt_ids)
+        reward = self.transformed
+        with self._lock:
+            rewards = reward.score([self._content_of[i] for i in prompt_ids], responses, prompt_ids)
+            nats_B, calibrated_B = reward.tilt(rewards, prompt_ids), reward.calibrate(rewards, prompt_ids)
+            reward.follow(rewards, prompt_ids)
+        return Rewarded(nats_B, calibrated_B, rewards.reshape(len(responses), -1)[:, 0])
+
+    def require(self, prompt_ids: Sequence[str]) -> None:
+        """Raise InputError for the first prompt that is not one of the run's training prompts."""
+        for prompt_id in prompt_ids:
+            if prompt_id not in self._content_of:
+                raise InputError(
+                    f"prompt {prompt_id!r} is not one of the run's {len(self.prompts)} training prompts",
+                    where=str(self.stages.out),
+                    mend="Train on the prompts of prompts/train.jsonl in the run folder, with their ids",
+                )
+
+
+def load_transformed_reward(
+    run_folder: str | Path, policy: str | None = None, *, beta: float | None = None
+) -> TransformedReward:
+    """The transformed reward Φ_K/β (M5, M6) that one policy of a run is, or would be, aligned with.
+
+    It knows the run's training prompts by their ids, and each prompt's further columns. The reward's model is loaded
+    when it is first needed.
+
+    Args:
+        run_folder: A run folder in which at least `infalign calibrate` has been done.
+        policy: Name of the transform, as in the folder's `plan.json`; by default the recipe's own, the first.
+        beta: KL coefficient, in units of Φ per nat; by default the planned one.
+
+    Returns:
+        A reward that any trainer with TRL's reward-function signature takes. A self-consistent transform starts at the
+        reference policy and follows the policy whose responses it is shown, at the pace of the recipe's training.
+
+    Raises:
+        InputError: If there is no such policy, or its `beta` is not positive.
+        MismatchError: If the reward is not the one that the run was calibrated with.
+        StorageError: If the folder does not hold a calibrated run.
+    """
+    stages = open_run(run_folder)
+    planned = {entry.name: entry for entry in stages.planned()}
+    name = next(iter(planned)) if policy is None else policy
+    if name not in planned:
+        raise InputError(
+            f"there is no transform {name!r} in this run",
+            where=str(run_folder),
+            mend=f"There are: {', '.join(planned)}",
+        )
+    reward = stages.transformed_reward(planned[name])
+    scored_by = stages.store("reference").reward_sources
+    changed = [source.key for source in stages.rewards.sources() if source.key not in scored_by]
+    if changed:
+        raise MismatchError(
+            f"the reward is now {', '.join(changed)}, the calibration was made with {', '.join(scored_by)}",
+            where=str(run_folder),
+            mend="Do `infalign calibrate` again with the changed reward",
+        )
+    reward.take_columns_from(stages.prompts("train"))
+    if beta is not None:
+        reward.beta = beta
+    if isinstance(reward.transform, SelfConsistentTransform):
+        training = stages.recipe.training
+        reward.transform.rollouts_per_step = training.prompts_per_step * training.num_generations
+    return reward
+
+
+def open_run(run_folder: str | Path) -> Stages:
+    """A calibrated run, to read from.
+
+    Raises:
+        StorageError: If the folder does not hold one.
+    """
+    folder = Path(run_folder)
+    missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
+    if missing:
+        raise StorageError(
+            f"this folder holds no calibrated run (there is no {missing[0]})",
+            where=str(folder),
+            mend="Do `infalign calibrate` with its recipe first; what is done already is kept",
+        )
+    try:
+        recipe = Recipe.model_validate(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise StorageError(
+            f"the run's recipe cannot be read ({error})",
+            where=str(folder / RECIPE),
+            mend="Do `infalign calibrate` with its recipe again; what is done already is kept",
+        ) from error
+    return Stages(recipe, folder, say=lambda text: None)

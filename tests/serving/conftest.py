@@ -1,0 +1,79 @@
+"""A real, tiny, calibrated run, made once."""
+
+import json
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from infalign.pipeline import Pipeline
+from infalign.recipe import load_recipe
+from infalign.testbed.toy import random_llama
+
+RECIPE = """
+name: served
+policy: {model: policy}
+reward: {function: "served_rewards:vowels"}
+prompts: {source: prompts.jsonl, train: 6, evaluation: 2, held_out: 0.3}
+procedure: best-of-4
+transform: {exponential: 10}
+compare_with: [identity, self-consistent]
+rollouts: {num_ref: 8, max_new_tokens: 12}
+beta: 0.5
+training: {prompts_per_step: 2, num_generations: 4}
+"""
+REWARDS = """
+def vowels(prompts, completions, note):
+    rows = zip(completions, note, strict=True)
+    return [sum(c in "aeiou" for c in text) + len(text) / 100 + len(n) for text, n in rows]
+"""
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
+
+
+class Quiet:
+    def say(self, text):
+        pass
+
+    @contextmanager
+    def stage(self, title):
+        yield lambda done, total, text: None
+
+
+def make_run(folder, *, chat=False):
+    """Calibrate a byte-level toy policy on a handful of prompts; returns the run folder."""
+    random_llama(folder / "policy", spread=1.0, max_length=96, seed=4)
+    if chat:
+        (folder / "policy" / "chat_template.jinja").write_text(TEMPLATE)
+    rows = []
+    for number in range(12):
+        prompt = f"Say {number}: "
+        content = [{"role": "user", "content": prompt}] if chat else prompt
+        rows.append({"prompt": content, "note": "x" * number})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "served_rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(folder / "recipe.yaml")
+    for only in ("rollout", "calibrate"):
+        Pipeline(recipe, folder / "run", Quiet()).run(only)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def importable(tmp_path_factory):
+    """The reward function's module, importable."""
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "served_rewards.py").write_text(REWARDS)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    sys.modules.pop("served_rewards", None)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, importable):
+    return make_run(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def chat_run_folder(tmp_path_factory, importable):
+    return make_run(tmp_path_factory.mktemp("chat"), chat=True)
