@@ -82,13 +82,12 @@ def train(testbed: Testbed, reward: Any, folder: Path, *, baseline: Any, generat
     model, tokenizer = load_policy(testbed.reference)
     watch = Objective(testbed, reward)
     config = online._rloo_config(
-        folder, steps=steps, prompts_per_step=max(1, rollouts // generations), num_generations=max(2, generations),
+        folder, steps=steps, prompts_per_step=max(1, rollouts // generations), num_generations=generations,
         max_new_tokens=2, learning_rate=learning_rate, seed=seed, save_steps=10**6, trust_remote_code=False,
-        overrides={"save_strategy": "no", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
-        | ({"per_device_train_batch_size": rollouts} if generations == 1 else {}),
+        overrides={
+            "save_strategy": "no", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0
+        },
     )  # fmt: skip
-    if generations == 1:  # TRL refuses it for its own baseline, which has nothing to average then
-        config.num_generations = config.num_generations_eval = 1
     rows = online._training_rows(PROMPTS, steps * max(1, rollouts // generations), seed)
     steering = Steering(reward, None, folder / "steps.jsonl", steps, None)
     trainer = online._make_trainer(model, tokenizer, reward, rows, steering, None, baseline, config)

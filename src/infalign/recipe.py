@@ -231,7 +231,7 @@ class Training(_Section):
 
     steps: Count = 200
     prompts_per_step: Count = 16
-    num_generations: Annotated[int, Field(ge=2)] = 16
+    num_generations: Count = 16
     learning_rate: Positive = 1e-5
     baseline: Literal["known", "leave-one-out"] = "known"
     lora: dict[str, Any] | None = None

@@ -175,6 +175,12 @@ def check_training(
     """
     refuse_changed_objective(rloo)
     assert baseline in get_args(Baseline), "held by the recipe"
+    if baseline == "leave-one-out" and num_generations == 1:
+        raise InputError(
+            "the leave-one-out baseline needs other rollouts of the same prompt",
+            where="training.num_generations",
+            mend="Give at least 2, or baseline: known",
+        )
     if lora is not None:
         lora_config(lora)
     _rloo_config(
@@ -225,7 +231,8 @@ def _rloo_config(
         "per_device_train_batch_size": rollouts_per_step // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "steps_per_generation": accumulation,
-        "num_generations": num_generations,
+        # TRL's own baseline needs two; ours does not, so a single one is set behind its back.
+        "num_generations": num_generations if num_generations > 1 else rollouts_per_step,
         "max_completion_length": max_new_tokens,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "warmup_stable_decay",
@@ -247,9 +254,11 @@ def _rloo_config(
         **overrides,
     }
     try:
-        return RLOOConfig(**settings)
+        config = RLOOConfig(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(str(error), where="training.rloo", mend="See TRL's RLOOConfig for the fields") from error
+    config.num_generations = config.num_generations_eval = num_generations
+    return config
 
 
 def _make_trainer(
