@@ -17,6 +17,7 @@ from infalign.recipe import load_recipe
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RunFolder
 from infalign.testbed.toy import random_llama
+from tests.rollouts.test_endpoint import Server, choices
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -47,6 +48,9 @@ def short_is_good(prompts, completions):
 
 def sometimes(prompts, completions):
     return [None if sum(map(ord, text)) % 29 == 0 else float(len(text)) for text in completions]
+
+def letters(prompts, completions):
+    return [float(sum(map(ord, text))) for text in completions]
 
 def constant(prompts, completions):
     return [1.0] * len(completions)
@@ -327,3 +331,26 @@ def test_unscored_rollouts_take_no_part_in_calibration(job, tmp_path):
     assert f"{counts['unscored']} unscored rollouts take no part" in text
     calibrator = RewardCalibrator.load(tmp_path / "run" / "calibration" / "calibrator")
     assert calibrator.num_ref_P.sum() == counts["rollouts"] - counts["unscored"]
+
+
+def test_reference_rollouts_can_come_from_a_server(job, tmp_path):
+    """Any OpenAI-compatible server; where it is and how many requests run do not count as a change."""
+    asked = []
+
+    def answer(number, path, content, headers):
+        asked.append(content)
+        return choices(content)
+
+    with Server(answer) as server:
+        settings = [f"rollouts.endpoint={{url: '{server.url}', model: served}}", "reward.function=tiny_rewards:letters"]
+        result, _ = run(job, tmp_path / "run", *settings, only="rollout")
+        assert result["rollouts"] == 24
+        assert asked[0]["model"] == "served"
+        assert asked[0]["max_tokens"] == 4
+        drawn = server.count
+        _, again = run(job, tmp_path / "run", *settings, "rollouts.endpoint.concurrency=2", only="rollout")
+        assert not again.done
+        assert server.count == drawn
+    store = RolloutStore.read(tmp_path / "run" / "rollouts" / "reference")
+    assert store.key.model == "served:served"
+    assert store.table(["text"])["text"].to_pylist()[0].startswith("Say ")

@@ -212,12 +212,28 @@ class Prompts(_Section):
     evaluation_source: str | None = None
 
 
+class RolloutEndpoint(_Section):
+    """An OpenAI-compatible server of the reference policy (vLLM, SGLang …) that draws its rollouts."""
+
+    url: str  # ends before /completions, usually in /v1
+    model: str  # its name there; give another when the server serves other weights
+    api_key_variable: str | None = None  # the environment variable that holds the key
+    concurrency: Count = 16
+
+
 class Rollouts(_Section):
     """Reference rollouts used to calibrate."""
 
     num_ref: Annotated[int, Field(ge=2)] = 64
     max_new_tokens: Count = 128
     batch_size: Count | None = None
+    endpoint: RolloutEndpoint | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the rollouts depend on, and nothing of how fast or from where they come."""
+        served = None if self.endpoint is None else self.endpoint.model
+        return {"num_ref": self.num_ref, "max_new_tokens": self.max_new_tokens, "served": served}
 
 
 class Calibration(_Section):

@@ -21,10 +21,12 @@ from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.inputs import split_prompts, testbed_text
-from infalign.recipe import GoldReward, Recipe
+from infalign.recipe import GoldReward, Recipe, RolloutEndpoint
 from infalign.report.build import build_report
-from infalign.rollouts.key import RolloutKey, model_fingerprint
-from infalign.rollouts.models import load_policy
+from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
+from infalign.rollouts.http import Endpoint
+from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
+from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
@@ -332,6 +334,9 @@ class Stages:
         return json.loads((self.out / name).read_text(encoding="utf-8"))
 
     def _draw(self, folder: str, model: str, side: str, count: int, seed: int, progress: Progress) -> None:
+        if model == self.reference and self.recipe.rollouts.endpoint is not None:
+            self._draw_at_endpoint(self.recipe.rollouts.endpoint, folder, side, count, seed, progress)
+            return
         policy, tokenizer = self._load(model)
         key = RolloutKey.of(model, tokenizer, max_new_tokens=self.recipe.rollouts.max_new_tokens, seed=seed)
         sample(
@@ -341,6 +346,28 @@ class Stages:
             count,
             store=RolloutStore.open(self.out / "rollouts" / folder, key),
             batch_size=self.recipe.rollouts.batch_size,
+            progress=progress,
+        )
+
+    def _draw_at_endpoint(
+        self, served: RolloutEndpoint, folder: str, side: str, count: int, seed: int, progress: Progress
+    ) -> None:
+        tokenizer = load_tokenizer(self.reference, trust_remote_code=self.recipe.policy.trust_remote_code)
+        key = RolloutKey(
+            f"served:{served.model}",
+            tokenizer_fingerprint(tokenizer),
+            max_new_tokens=self.recipe.rollouts.max_new_tokens,
+            seed=seed,
+            sampler=SAMPLER,
+        )
+        sample_endpoint(
+            Endpoint(served.url, api_key_variable=served.api_key_variable),
+            served.model,
+            self.prompts(side),
+            count,
+            store=RolloutStore.open(self.out / "rollouts" / folder, key),
+            concurrency=served.concurrency,
+            count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
             progress=progress,
         )
 
