@@ -344,7 +344,7 @@ def test_reference_rollouts_can_come_from_a_server(job, tmp_path):
     with Server(answer) as server:
         settings = [f"rollouts.endpoint={{url: '{server.url}', model: served}}", "reward.function=tiny_rewards:letters"]
         result, _ = run(job, tmp_path / "run", *settings, only="rollout")
-        assert result["rollouts"] == 24
+        assert result["rollouts"] == 16
         assert asked[0]["model"] == "served"
         assert asked[0]["max_tokens"] == 4
         drawn = server.count
