@@ -1,13 +1,20 @@
 """EarlyStopping: Best-of-N that stops drawing once a response is good enough.
 
 Draw blocks of b responses, at most N in all; stop after the first block in which the best so far has reached the
-quantile p of the policy. What comes out has the CDF H(q), with B_j the responses drawn before block j, b_j its size,
+quantile p of the policy. With B_j the responses drawn before block j and b_j its size, what comes out has the CDF
 
-    H(q) = q^N                                              for q < p   (no block reached p: all N were drawn)
-    H(q) = p^N + sum_j p^B_j (q^b_j - p^b_j)                for q >= p  (block j is the first that reached p)
+    H(q) = q^N                                          for q < p   (only if no block reached p: all N were drawn)
+    H(q) = p^N + sum_j p^B_j (q^b_j - p^b_j)            for q >= p  (block j is the first that reached p)
 
 because block j is drawn with probability p^B_j and ends below q >= p, but not below p, with q^b_j - p^b_j. Draws cost
-sum_j b_j p^B_j on average, (1 - p^N) / (1 - p) in blocks of one. Beyond the paper.
+sum_j b_j p^B_j on average, (1 - p^N) / (1 - p) in blocks of one.
+
+Where the quantile is read off K reference rewards (M5), p is that of the k-th smallest of them, k = ⌈K stop_at⌉, and so
+Beta(k, K - k + 1). With I_q(a) the CDF of Beta(a, K - k + 1) and m_e = E p^e, all of the above is averaged over p:
+
+    H(q) = q^N (1 - I_q(k)) + m_N I_q(k + N) + sum_j [q^b_j m_B_j I_q(k + B_j) - m_(B_j + b_j) I_q(k + B_j + b_j)]
+
+Beyond the paper.
 """
 
 from __future__ import annotations
@@ -29,9 +36,12 @@ Array = npt.NDArray[np.float64]
 
 
 class _Special(Protocol):
-    """The SciPy function used here, with its type (SciPy ships none)."""
+    """The SciPy functions used here, with their types (SciPy ships none)."""
 
-    betaln: Callable[[Any, Any], Array]
+    betainc: Callable[[float, float, Array], Array]
+    betaln: Callable[[Any, Any], Any]
+    xlogy: Callable[[Any, Array], Array]
+    xlog1py: Callable[[Any, Array], Array]
 
 
 _special = cast(_Special, _scipy_special)
@@ -47,17 +57,23 @@ class EarlyStopping(InferenceProcedure):
 
     Args:
         n: The most responses drawn, at least 1.
-        stop_at: In [0, 1]. At 1 it is Best-of-n; at 0 only the first block is drawn.
+        stop_at: In [0, 1]. At 0 only the first block is drawn; at 1, with the exact quantile, all of them.
         block: Responses drawn at the same time, at least 1 and at most n; the last block is what is left of n.
+        num_ref: K, where the quantile is found with K reference rewards, as a decoder finds it; None for the exact one.
+            Where the threshold truly lies is then uncertain, which also smooths the jump of h that the solver of M9
+            could not take.
     """
 
     n: int = field()  # pyright: ignore[reportIncompatibleVariableOverride]
     stop_at: float
     block: int = 1
+    num_ref: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", whole_number(self.n, "n", "EarlyStopping"))
         object.__setattr__(self, "block", whole_number(self.block, "block", "EarlyStopping"))
+        if self.num_ref is not None:
+            object.__setattr__(self, "num_ref", whole_number(self.num_ref, "num_ref", "EarlyStopping"))
         if self.block > self.n:
             raise InputError(
                 f"a block of {self.block} is more than n = {self.n}", where="EarlyStopping", mend="Use 1 <= block <= n"
@@ -80,29 +96,42 @@ class EarlyStopping(InferenceProcedure):
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q); see the module."""
         points = unit_interval(q, "distortion(q)")
-        stopped = self.stop_at**self.n + sum(
-            reached * (points**size - self.stop_at**size) for reached, size in self._terms
-        )
-        return np.asarray(np.where(points < self.stop_at, points**self.n, stopped), dtype=np.float64)
+        passed = self._passed(points, self.n)
+        out = points**self.n * (1.0 - self._passed(points, 0)) + self._power(self.n) * passed
+        for size, before, count in self._terms:
+            # All blocks of one size at once where p is known; one by one where it is not.
+            out = out + points**size * self._power(before, count, size) * self._passed(points, before)
+            out = out - self._power(before + size, count, size) * self._passed(points, before + size)
+        return np.clip(out, 0.0, 1.0)
 
     def density(self, q: npt.ArrayLike) -> Array:
-        """h(q): n q^(n-1) below `stop_at`, sum_j p^B_j b_j q^(b_j - 1) above; it jumps up between."""
+        """h(q): n q^(n-1) below the threshold, sum_j p^B_j b_j q^(b_j - 1) above; it jumps up between."""
         points = unit_interval(q, "density(q)")
-        stopped = sum(reached * size * points ** (size - 1) for reached, size in self._terms)
-        return np.asarray(np.where(points < self.stop_at, self.n * points ** (self.n - 1), stopped), dtype=np.float64)
+        out = self.n * points ** (self.n - 1) * (1.0 - self._passed(points, 0))
+        for size, before, count in self._terms:
+            reached = self._power(before, count, size) * self._passed(points, before)
+            out = out + size * points ** (size - 1) * reached
+        return np.asarray(out, dtype=np.float64)
 
     def density_slope(self, q: npt.ArrayLike) -> Array:
-        """h'(q) on either side of the jump."""
+        """h'(q); without `num_ref` on either side of the jump."""
         points = unit_interval(q, "density_slope(q)")
-        stopped = sum(reached * size * (size - 1) * points ** max(size - 2, 0) for reached, size in self._terms)
-        below = self.n * (self.n - 1) * points ** max(self.n - 2, 0)
-        return np.asarray(np.where(points < self.stop_at, below, stopped), dtype=np.float64)
+        # The density of the threshold: where it passes q, the rest of the draws is no longer made.
+        threshold = self._threshold_density(points)
+        out = self.n * (self.n - 1) * points ** max(self.n - 2, 0) * (1.0 - self._passed(points, 0))
+        out = out - self.n * points ** (self.n - 1) * threshold
+        for size, before, count in self._terms:
+            reached = self._power(before, count, size) * self._passed(points, before)
+            out = out + size * (size - 1) * points ** max(size - 2, 0) * reached
+            out = out + size * points ** (size - 1 + before) * threshold
+        return np.asarray(out, dtype=np.float64)
 
     @property
     def label(self) -> str:
         """The name in tables, such as "Best-of-8 stopped at 0.95"."""
         blocks = "" if self.block == 1 else f", blocks of {self.block}"
-        return f"Best-of-{self.n} stopped at {self.stop_at:g}{blocks}"
+        references = "" if self.num_ref is None else f", {self.num_ref} references"
+        return f"Best-of-{self.n} stopped at {self.stop_at:g}{blocks}{references}"
 
     def selection_weights(self, m: int) -> Array:
         """Refused: which response comes out depends on the order in which they were drawn, not on ranks alone."""
@@ -114,77 +143,76 @@ class EarlyStopping(InferenceProcedure):
 
     def to_dict(self) -> dict[str, Any]:
         """See the base class."""
-        return {"kind": "early-stopping", "n": self.n, "stop_at": self.stop_at, "block": self.block}
+        described = {"kind": "early-stopping", "n": self.n, "stop_at": self.stop_at, "block": self.block}
+        return described if self.num_ref is None else {**described, "num_ref": self.num_ref}
 
     # --- what it saves and what it loses, on the reference itself -----------------------------------------------------
 
-    def expected_draws(self, num_ref: int | None = None) -> float:
-        """Responses drawn on average: sum_j b_j p^B_j.
+    @property
+    def expected_draws(self) -> float:
+        """Responses drawn on average: sum_j b_j E p^B_j."""
+        return float(sum(size * self._power(before, count, size) for size, before, count in self._terms))
 
-        Args:
-            num_ref: K, where the quantile is that of K reference rewards (M5): the threshold is then one of those
-                rewards, and the average goes over where it may lie as well.
-        """
-        before, sizes = self._schedule()
-        return float(sizes @ self._powers(before, num_ref))
-
-    def win_rate(self, opponent: int = 1, num_ref: int | None = None) -> float:
+    def win_rate(self, opponent: int = 1) -> float:
         """The chance to beat Best-of-`opponent` of the same policy (M8 in closed form), for rewards without ties.
 
         Args:
             opponent: How many responses the other side draws: 1 is standard sampling.
-            num_ref: As in `expected_draws`.
         """
         m = whole_number(opponent, "opponent", "win_rate")
-        before, sizes = self._schedule()
-        n = np.array([self.n], dtype=np.float64)
+        # ∫ H(u) m u^(m-1) du: below p, then the constant p^N above it, then block by block.
+        lost = self._power(self.n) - self.n / (self.n + m) * self._power(self.n + m)
+        for size, before, count in self._terms:
+            lost += m / (size + m) * (self._power(before, count, size) - self._power(before + size + m, count, size))
+            lost -= self._power(before + size, count, size) - self._power(before + size + m, count, size)
+        return 1.0 - lost
 
-        def power(exponents: Array) -> Array:
-            return self._powers(exponents, num_ref)
-
-        # 1 - ∫ H(u) m u^(m-1) du: below p, then the constant p^N above it, then block by block.
-        lost = (m / (n + m)) * power(n + m) + power(n) - power(n + m)
-        by_block = (
-            (m / (sizes + m)) * (power(before) - power(before + sizes + m))
-            - power(before + sizes)
-            + power(before + sizes + m)
-        )
-        return float(1.0 - lost[0] - by_block.sum())
-
-    def loss(self, opponent: int = 1, num_ref: int | None = None) -> float:
-        """Win rate given up against Best-of-n drawn to its end, n / (n + opponent); arguments as in `win_rate`."""
-        return self.n / (self.n + opponent) - self.win_rate(opponent, num_ref)
+    def loss(self, opponent: int = 1) -> float:
+        """Win rate given up against Best-of-n drawn to its end, n / (n + opponent)."""
+        return self.n / (self.n + opponent) - self.win_rate(opponent)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     @property
-    def _terms(self) -> list[tuple[float, int]]:
-        """Pairs (c, b) with H(q) = p^N + sum c (q^b - p^b) above p: blocks of one size are a geometric sum."""
+    def _terms(self) -> list[tuple[int, int, int]]:
+        """Triples (size, draws before, how many such blocks follow each other): what the sums over j run over."""
         whole, rest = divmod(self.n, self.block)
-        p, full = self.stop_at, whole * self.block
-        if p == 0.0:
-            reached = 1.0
-        elif p == 1.0:
-            reached = float(whole)
+        if self.num_ref is None:
+            blocks = [(self.block, 0, whole)]
         else:
-            reached = math.expm1(full * math.log(p)) / math.expm1(self.block * math.log(p))
-        return [(reached, self.block)] + ([(p**full, rest)] if rest else [])
+            blocks = [(self.block, j * self.block, 1) for j in range(whole)]
+        return blocks + ([(rest, whole * self.block, 1)] if rest else [])
 
-    def _schedule(self) -> tuple[Array, Array]:
-        """Responses drawn before each block, and its size."""
-        sizes = np.array(self.block_sizes, dtype=np.float64)
-        return np.cumsum(sizes) - sizes, sizes
+    @property
+    def _beta(self) -> tuple[float, float] | None:
+        """Parameters of the threshold's distribution; None where it is known."""
+        if self.num_ref is None:
+            return None
+        k = math.ceil(self.stop_at * self.num_ref - 1e-9)
+        return None if k == 0 else (float(k), self.num_ref - k + 1.0)
 
-    def _powers(self, exponents: Array, num_ref: int | None) -> Array:
-        """p^e, or its mean where p is the quantile of the reference reward that a calibrated reward must beat.
+    def _power(self, exponent: int, count: int = 1, step: int = 1) -> float:
+        """E p^e, summed over the exponents e, e + step, ... of `count` blocks."""
+        if self._beta is not None:
+            a, b = self._beta
+            return math.exp(_special.betaln(a + exponent, b) - _special.betaln(a, b))
+        p = self.stop_at
+        if p == 0.0:
+            return float(exponent == 0)
+        if p == 1.0:
+            return float(count)
+        series = 1.0 if count == 1 else math.expm1(count * step * math.log(p)) / math.expm1(step * math.log(p))
+        return p**exponent * series
 
-        A response reaches Ĉ >= stop_at if it beats the k-th smallest of the K references, k = ⌈K stop_at⌉, whose
-        quantile is Beta(k, K - k + 1).
-        """
-        if num_ref is None:
-            return self.stop_at**exponents
-        num_ref = whole_number(num_ref, "num_ref", self.label)
-        k = math.ceil(self.stop_at * num_ref - 1e-9)
-        if k == 0:
-            return np.where(exponents == 0, 1.0, 0.0)
-        return np.exp(_special.betaln(k + exponents, num_ref - k + 1.0) - _special.betaln(k, num_ref - k + 1.0))
+    def _passed(self, q: Array, exponent: int) -> Array:
+        """E[p^e; p <= q] / E p^e."""
+        if self._beta is None:
+            return np.asarray(q >= self.stop_at, dtype=np.float64)
+        a, b = self._beta
+        return _special.betainc(a + exponent, b, q)
+
+    def _threshold_density(self, q: Array) -> Array:
+        if self._beta is None:
+            return np.zeros_like(q)
+        a, b = self._beta
+        return np.exp(_special.xlogy(a - 1.0, q) + _special.xlog1py(b - 1.0, -q) - _special.betaln(a, b))

@@ -353,7 +353,8 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
 
     Args:
         description: A mapping with "kind" (standard, best-of-n, worst-of-n, order-statistic, mixture, fitted,
-            early-stopping) and that kind's own fields (n; k and n; parts; weights and num_samples; n, stop_at, block).
+            early-stopping) and that kind's own fields (n; k and n; parts; weights and num_samples; n, stop_at,
+            block, num_ref).
 
     Raises:
         InputError: If the kind is unknown or a field is missing, unknown or out of range.

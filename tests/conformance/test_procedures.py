@@ -48,6 +48,8 @@ PROCEDURES = [
     ia.EarlyStopping(7, 0.305, block=3),
     ia.EarlyStopping(4, 0.0, block=2),
     ia.EarlyStopping(4, 1.0),
+    ia.EarlyStopping(6, 0.9, block=4, num_ref=20),
+    ia.EarlyStopping(6, 0.0, num_ref=20),
     Softened(),
 ]
 BUILT_IN = [procedure for procedure in PROCEDURES if not isinstance(procedure, Softened)]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.calibration import RewardCalibrator
+from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Message, Prompt
 from infalign.decode.candidates import CandidateSampler, Request
 from infalign.early_stopping import EarlyStopping
@@ -23,6 +24,8 @@ from infalign.procedures import BestOfN, InferenceProcedure, check_is_procedure,
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import RewardSource, Scores
 from infalign.rollouts.score import column_names, columns_of
+
+Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Decoder:
         sampler: Where candidates come from.
         reward: What scores them; may be None for `Standard`.
         procedure: What is done with them. Any procedure with a finite n and selection weights, or `EarlyStopping`.
-        calibrator: Fitted on the reference's rewards; gives calibrated rewards for the prompts that it knows.
+        calibrator: Fitted on the reference's rewards; gives calibrated rewards for the prompts that it knows. Several
+            rewards (`CombinedReward`) are combined by it, so every prompt must be one of them.
         prompt_ids: The prompt id of each of the calibrator's rows.
         stop_reward: Draw the candidates of a `BestOfN` in blocks and stop once one has this reward. Where it is the
             greatest that the reward can give, nothing is lost: what comes out has the distribution of Best-of-N, for
@@ -115,7 +119,7 @@ class Decoder:
         reward: RewardSource | None,
         procedure: InferenceProcedure,
         *,
-        calibrator: RewardCalibrator | None = None,
+        calibrator: RewardCalibrator | CombinedCalibrator | None = None,
         prompt_ids: Sequence[str] | None = None,
         stop_reward: float | None = None,
         block: int = 1,
@@ -333,7 +337,7 @@ class Decoder:
                 texts = [candidate.text for _, candidate in flat]
                 prompts = [prompt.prompt for prompt in owners]
                 scores = self.reward.score_rows(prompts, texts, **columns_of(owners, names))
-                calibrated = self._calibrate(owners, scores)
+                rewards, calibrated = self._calibrate(owners, scores)
         except InfalignError as error:
             if len(new) == 1:
                 return dict.fromkeys(new, error)
@@ -345,17 +349,24 @@ class Decoder:
                 calibrated_reward=None if np.isnan(quantile) else float(quantile),
                 error=reason,
             )
-            for (_, candidate), reward, quantile, reason in zip(
-                flat, scores.rewards, calibrated, scores.errors, strict=True
-            )
+            for (_, candidate), reward, quantile, reason in zip(flat, rewards, calibrated, scores.errors, strict=True)
         )
         return {at: list(itertools.islice(scored, len(candidates))) for at, (_, candidates) in new.items()}
 
-    def _calibrate(self, owners: Sequence[Prompt], scores: Scores) -> NDArray[np.float64]:
-        """Calibrated rewards (M5), NaN where there is no reward or no reference for the prompt."""
-        quantiles = np.full(len(owners), np.nan)
+    def _calibrate(self, owners: Sequence[Prompt], scores: Scores) -> tuple[Float, Float]:
+        """One reward for each candidate, and its calibrated reward (M5), NaN where there is none."""
+        row_B = np.array([self._row_of.get(prompt.id, -1) for prompt in owners])
+        known = np.flatnonzero((row_B >= 0) & ~np.isnan(scores.rewards).reshape(len(owners), -1).any(axis=1))
+        rewards, quantiles = scores.rewards, np.full(len(owners), np.nan)
+        if rewards.ndim == 2:
+            if not isinstance(self.calibrator, CombinedCalibrator) or (row_B < 0).any():
+                raise InputError(
+                    "several rewards can only be combined by where they lie among a reference's, and there is none",
+                    where=str(self.reward),
+                    mend="Calibrate on this prompt, or decode with one reward",
+                )
+            rewards = np.full(len(owners), np.nan)
+            rewards[known] = self.calibrator.score(scores.rewards[known], prompt_index=row_B[known])
         if self.calibrator is not None:
-            row_B = np.array([self._row_of.get(prompt.id, -1) for prompt in owners])
-            known = np.flatnonzero((row_B >= 0) & ~np.isnan(scores.rewards))
             quantiles[known] = self.calibrator.calibrate(scores.rewards[known], prompt_index=row_B[known])
-        return quantiles
+        return rewards, quantiles
