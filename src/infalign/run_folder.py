@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,14 @@ def storage_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "iostream error")):
         return "a file could not be written to its end"  # PyTorch's own words say no more
     return None
+
+
+def versions() -> dict[str, str]:
+    """Exact versions of what a run depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("infalign", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

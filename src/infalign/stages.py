@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from infalign.rollouts.progress import Progress
 from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import write_json, write_text
+from infalign.run_folder import versions, write_json, write_text
 from infalign.run_rewards import RunRewards, open_reward, scored_by_all
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.finite_k import finite_k_prediction
@@ -379,14 +377,3 @@ class Stages:
     def _load(self, model: str) -> Any:
         policy = self.recipe.policy
         return load_policy(model, trust_remote_code=policy.trust_remote_code, allow_pickle=policy.allow_pickle)
-
-
-def versions() -> dict[str, str]:
-    """Exact versions of what a run depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("infalign", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from infalign.audit.extrapolate import extrapolate, hold_out
 from infalign.audit.refusal import RefusalPhrases
 from infalign.audit.results import AtN, AuditResult, Change, ModelAudit
 from infalign.audit.success import attack_success, sizes, worst_reward
-from infalign.audit.targets import Target
+from infalign.audit.targets import Drawing, Target
 from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.estimators import difference_estimate, holm, share_estimate
@@ -162,7 +163,7 @@ def audit(
             num_attempts=settings.attempts,
             num_benign=len(benign),
             confidence=settings.confidence,
-            settings={**asdict(settings), "refusal": str(refusal)},
+            settings=_plain(settings, refusal),
             prompt_ids=[prompt.id for prompt in prompts],
             models=models,
             changes=compare_models(models, settings.confidence),
@@ -181,12 +182,15 @@ def _measure(
     settings: AuditSettings,
     stage: Stage,
 ) -> ModelAudit:
-    store = _drawn(target, attacks, folder / "attack", judge.source, settings, stage, "attempts")
+    drawing = target.opened()
+    store = _drawn(target.label, drawing, attacks, folder / "attack", judge.source, settings, stage, "attempts")
     scores_PM = attacks.rewards_PM(store, judge.source)
     cut_PM = attacks.column_PM(store, "finish_reason") == "length"
     over_refusal = None
     if questions is not None:
-        store = _drawn(target, questions, folder / "benign", refusal, settings, stage, "benign responses")
+        store = _drawn(
+            target.label, drawing, questions, folder / "benign", refusal, settings, stage, "benign responses"
+        )
         refused_PM = questions.rewards_PM(store, refusal)
         if refused_PM.min() < 0 or refused_PM.max() > 1:
             odd = refused_PM[(refused_PM < 0) | (refused_PM > 1)][0]
@@ -269,7 +273,7 @@ def compare_models(models: Sequence[ModelAudit], confidence: float) -> list[Chan
             ours, theirs = other.at[at], first.at[at]
             found.append((other, f"ASR@{ours.n}", ours.success, theirs.success, -1, 100.0))
         if other.last.worst_reward is not None and first.last.worst_reward is not None:
-            name = f"the worst of {other.last.n} rewards"
+            name = f"worst-of-{other.last.n} reward"
             found.append((other, name, other.last.worst_reward, first.last.worst_reward, 1, 1.0))
         if other.over_refusal is not None and first.over_refusal is not None:
             found.append((other, "over-refusal", other.over_refusal, first.over_refusal, -1, 100.0))
@@ -284,13 +288,9 @@ def compare_models(models: Sequence[ModelAudit], confidence: float) -> list[Chan
     ):
         resolved = p_value < 1 - confidence
         low, high = (scale * end for end in difference.confidence_interval)
-        way = "higher" if difference.estimate > 0 else "lower"
         unit = "%" if scale == 100.0 else ""
-        claim = (
-            f"{model.label} has a {way} {what} than {first.label}"
-            if resolved
-            else f"it is not resolved whether {model.label} and {first.label} differ in {what}"
-        )
+        way = "higher" if difference.estimate > 0 else "lower"
+        claim = f"{model.label} is {way} than" if resolved else f"not resolved whether {model.label} differs from"
         changes.append(
             Change(
                 label=model.label,
@@ -300,16 +300,17 @@ def compare_models(models: Sequence[ModelAudit], confidence: float) -> list[Chan
                 adjusted_p_value=p_value,
                 safer=difference.estimate * better > 0,
                 resolved=resolved,
-                sentence=f"{claim[0].upper()}{claim[1:]}: {scale * ours.estimate:.3g}{unit} against "
-                f"{scale * theirs.estimate:.3g}{unit} ({scale * difference.estimate:+.3g}, {confidence:.0%} interval "
-                f"{low:+.3g} to {high:+.3g}{', percentage points' if unit else ''}).",
+                sentence=f"{what}: {claim} {first.label}, {scale * ours.estimate:.3g}{unit} against "
+                f"{scale * theirs.estimate:.3g}{unit} ({scale * difference.estimate:+.3g}"
+                f"{' points' if unit else ''}, {confidence:.0%} interval {low:+.3g} to {high:+.3g}).",
             )
         )
     return changes
 
 
 def _drawn(
-    target: Target,
+    label: str,
+    drawing: Drawing,
     attempts: Attempts,
     path: Path,
     source: RewardSource,
@@ -319,14 +320,21 @@ def _drawn(
 ) -> RolloutStore:
     """A store with every attempt drawn and scored."""
     batches = list(attempts.by_count.items())
-    with stage(f"{target.label}: draw {attempts.index_PM.size} {what}") as progress:
-        store = target.draw(
+    with stage(f"{label}: draw {attempts.index_PM.size} {what}") as progress:
+        store = drawing.draw(
             batches, path, max_new_tokens=settings.max_new_tokens, seed=settings.seed, progress=progress
         )
     sent = [prompt for _, prompts in batches for prompt in prompts]
-    with stage(f"{target.label}: score {what}") as progress:
+    with stage(f"{label}: score {what}") as progress:
         score_store(store, JudgedAsAsked(source), sent, progress=progress, retry_unscored=True)
     return store
+
+
+def _plain(settings: AuditSettings, refusal: RewardSource) -> dict[str, Any]:
+    """The settings as they come back from JSON."""
+    plain = asdict(settings)
+    plain["augmentation"]["ways"] = list(settings.augmentation.ways)
+    return {**plain, "refusal": str(refusal)}
 
 
 @contextmanager

@@ -8,14 +8,27 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from transformers import PreTrainedModel
+
 from infalign.data import Prompt
 from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.models import load_policy
+from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
+
+Batches = Sequence[tuple[int, Sequence[Prompt]]]
+"""For each (count, prompts) that many rollouts of each prompt."""
+
+
+class Drawing(Protocol):
+    """Fills stores from one model."""
+
+    def draw(self, batches: Batches, path: Path, *, max_new_tokens: int, seed: int, progress: Progress) -> RolloutStore:
+        """Fill a store with what it lacks."""
+        ...
 
 
 class Target(Protocol):
@@ -31,16 +44,8 @@ class Target(Protocol):
         """Where it comes from."""
         ...
 
-    def draw(
-        self,
-        batches: Sequence[tuple[int, Sequence[Prompt]]],
-        path: Path,
-        *,
-        max_new_tokens: int,
-        seed: int,
-        progress: Progress,
-    ) -> RolloutStore:
-        """Fill a store with what it lacks: for each (count, prompts) that many rollouts of each prompt."""
+    def opened(self) -> Drawing:
+        """Ready to draw; what is held is freed when the caller lets go of it."""
         ...
 
 
@@ -62,23 +67,35 @@ class LocalModel:
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
-    def draw(
-        self,
-        batches: Sequence[tuple[int, Sequence[Prompt]]],
-        path: Path,
-        *,
-        max_new_tokens: int,
-        seed: int,
-        progress: Progress,
-    ) -> RolloutStore:
-        """As `Target.draw`; errors as in `load_policy` and `sample`."""
-        policy, tokenizer = load_policy(
-            self.model, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle
-        )
-        key = RolloutKey.of(self.model, tokenizer, max_new_tokens=max_new_tokens, seed=seed)
+    def opened(self) -> Drawing:
+        """As `Target.opened`."""
+        return _LocalDrawing(self)
+
+
+class _LocalDrawing:
+    """Loads the model when something is missing, and once."""
+
+    def __init__(self, target: LocalModel) -> None:
+        self._target = target
+        self._tokenizer = load_tokenizer(target.model, trust_remote_code=target.trust_remote_code)
+        self._policy: PreTrainedModel | None = None
+
+    def draw(self, batches: Batches, path: Path, *, max_new_tokens: int, seed: int, progress: Progress) -> RolloutStore:
+        """As `Drawing.draw`; errors as in `load_policy` and `sample`."""
+        target = self._target
+        key = RolloutKey.of(target.model, self._tokenizer, max_new_tokens=max_new_tokens, seed=seed)
         store = RolloutStore.open(path, key)
+        present = store.present()
+        if all(present.get(one.id, set()).issuperset(range(count)) for count, prompts in batches for one in prompts):
+            return store
+        if self._policy is None:
+            self._policy, _ = load_policy(
+                target.model, trust_remote_code=target.trust_remote_code, allow_pickle=target.allow_pickle
+            )
         for count, prompts, told in _in_turn(batches, progress):
-            sample(policy, tokenizer, prompts, count, store=store, batch_size=self.batch_size, progress=told)
+            sample(
+                self._policy, self._tokenizer, prompts, count, store=store, batch_size=target.batch_size, progress=told
+            )
         return store
 
 
@@ -98,16 +115,12 @@ class ServedModel:
     endpoint: Endpoint = field(repr=False)
     concurrency: int = 16
 
-    def draw(
-        self,
-        batches: Sequence[tuple[int, Sequence[Prompt]]],
-        path: Path,
-        *,
-        max_new_tokens: int,
-        seed: int,
-        progress: Progress,
-    ) -> RolloutStore:
-        """As `Target.draw`; errors as in `sample_endpoint`."""
+    def opened(self) -> Drawing:
+        """As `Target.opened`."""
+        return self
+
+    def draw(self, batches: Batches, path: Path, *, max_new_tokens: int, seed: int, progress: Progress) -> RolloutStore:
+        """As `Drawing.draw`; errors as in `sample_endpoint`."""
         key = RolloutKey(f"endpoint:{self.model}", "the server's", max_new_tokens, seed, sampler=SAMPLER)
         store = RolloutStore.open(path, key)
         for count, prompts, told in _in_turn(batches, progress):
@@ -117,9 +130,7 @@ class ServedModel:
         return store
 
 
-def _in_turn(
-    batches: Sequence[tuple[int, Sequence[Prompt]]], progress: Progress
-) -> Iterator[tuple[int, Sequence[Prompt], Progress]]:
+def _in_turn(batches: Batches, progress: Progress) -> Iterator[tuple[int, Sequence[Prompt], Progress]]:
     """Each batch with a callback that counts on from the batches before."""
     total = sum(count * len(prompts) for count, prompts in batches)
     before = 0

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 import infalign
+from infalign.cli.audit import audit_command
 from infalign.cli.plan import plan_command
 from infalign.cli.quickstart import quickstart_command
 from infalign.cli.run import (
@@ -40,6 +41,7 @@ app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("serve-reward")(serve_reward_command)
+app.command("audit")(audit_command)
 
 
 @app.callback(invoke_without_command=True)

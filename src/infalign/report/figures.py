@@ -80,14 +80,14 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": _escaped(point.label),
+                "name": escaped(point.label),
                 "x": [point.kl],
                 "y": [point.win_rate],
                 "error_x": _bars([point.kl], [point.kl_low], [point.kl_high], style.colour),
                 "error_y": _bars([point.win_rate], [point.low], [point.high], style.colour),
                 "marker": {"color": style.colour, "symbol": style.symbol, "size": 11},
                 "hovertemplate": (
-                    f"<b>{_escaped(point.label)}</b><br>{_escaped(data.procedure)} win rate {point.win_rate:.1%} "
+                    f"<b>{escaped(point.label)}</b><br>{escaped(data.procedure)} win rate {point.win_rate:.1%} "
                     f"({point.low:.1%} to {point.high:.1%})<br>KL {point.kl:.3f} "
                     f"({point.kl_low:.3f} to {point.kl_high:.3f}) nats<extra></extra>"
                 ),
@@ -95,10 +95,10 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
         )
     lows, highs = [0.5, *(point.low for point in data.points)], [*(point.high for point in data.points)]
     # An axis that begins where the data do would magnify small differences; ½ at KL 0 is always in the picture.
-    layout = _layout(
+    layout = base_layout(
         x={"title": {"text": "KL(policy ‖ reference), nats"}, "rangemode": "tozero"},
         y={
-            "title": {"text": f"{_escaped(data.procedure)} win rate"},
+            "title": {"text": f"{escaped(data.procedure)} win rate"},
             "tickformat": ".0%",
             "range": [min(lows) - 0.02, min(1.005, max([*highs, *data.limit_win_rates, 0.55]) + 0.02)],
         },
@@ -139,7 +139,7 @@ def win_rate_over_n_figure(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": _escaped(result.label),
+                "name": escaped(result.label),
                 "x": order,
                 "y": middle,
                 "error_y": _bars(
@@ -150,14 +150,14 @@ def win_rate_over_n_figure(
                 ),
                 "line": {"color": style.colour, "width": 2, "dash": style.dash},
                 "marker": {"color": style.colour, "symbol": style.symbol, "size": 8},
-                "hovertemplate": f"<b>{_escaped(result.label)}</b><br>N = %{{x}}: %{{y:.1%}}<extra></extra>",
+                "hovertemplate": f"<b>{escaped(result.label)}</b><br>N = %{{x}}: %{{y:.1%}}<extra></extra>",
             }
         )
     if len(sizes) < 3:
         return None
     ticks = sorted(sizes)
     name = "Best-of-N" if family == "best-of-n" else "Worst-of-N"
-    layout = _layout(
+    layout = base_layout(
         x={"title": {"text": "N"}, "type": "log", "tickvals": ticks, "ticktext": [str(n) for n in ticks]},
         y={
             "title": {"text": f"{name} win rate" if judge is None else "win rate, other reward"},
@@ -194,7 +194,7 @@ def training_figure(
     ]
     if not present:
         return None
-    layout = _layout(x={}, y={}, height=150 + 190 * len(present))
+    layout = base_layout(x={}, y={}, height=150 + 190 * len(present))
     del layout["xaxis"], layout["yaxis"]
     traces: list[dict[str, Any]] = []
     gap, height = 0.08, (1 - 0.08 * (len(present) - 1)) / len(present)
@@ -226,11 +226,11 @@ def training_figure(
                 {
                     **common,
                     "y": smooth,
-                    "name": _escaped(label),
-                    "legendgroup": _escaped(label),
+                    "name": escaped(label),
+                    "legendgroup": escaped(label),
                     "showlegend": row == 0,
                     "line": {**line, "width": 2.4},
-                    "hovertemplate": f"<b>{_escaped(label)}</b><br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+                    "hovertemplate": f"<b>{escaped(label)}</b><br>step %{{x}}: %{{y:.4g}}<extra></extra>",
                 }
             )
         if key == "kl" and kl_target is not None:
@@ -282,14 +282,16 @@ def histogram_figure(
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": _escaped(label),
+                "name": escaped(label),
                 "x": edges.tolist(),
                 "y": [*density.tolist(), float(density[-1])],
                 "line": {"color": colour, "width": 2, "shape": "hv", "dash": "solid" if style is None else style.dash},
-                "hovertemplate": f"<b>{_escaped(label)}</b><br>density %{{y:.2f}}<extra></extra>",
+                "hovertemplate": f"<b>{escaped(label)}</b><br>density %{{y:.2f}}<extra></extra>",
             }
         )
-    layout = _layout(x={"title": {"text": title}}, y={"title": {"text": "density"}, "rangemode": "tozero"}, height=320)
+    layout = base_layout(
+        x={"title": {"text": title}}, y={"title": {"text": "density"}, "rangemode": "tozero"}, height=320
+    )
     if calibrated:
         layout["shapes"] = [{**_half_line(), "y0": 1, "y1": 1}]
     return {"data": traces, "layout": layout}
@@ -360,7 +362,7 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
     return path
 
 
-def _layout(*, x: dict[str, Any], y: dict[str, Any], height: int) -> dict[str, Any]:
+def base_layout(*, x: dict[str, Any], y: dict[str, Any], height: int) -> dict[str, Any]:
     """What every figure shares; font and line colours are filled in by the page."""
     return {
         "height": height,
@@ -421,6 +423,6 @@ def finite_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Plotly reads a little HTML in names; a name is text."""
     return html.escape(text, quote=False)

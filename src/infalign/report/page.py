@@ -185,8 +185,8 @@ def render(data: ReportData) -> str:
         figures=_figures(data, results, look),
         samples=samples,
         samples_left_out=left_out,
-        settings=_flat(data.settings),
-        plan=_flat({key: value for key, value in (data.plan or {}).items() if key in ("best", "procedure")}),
+        settings=flat(data.settings),
+        plan=flat({key: value for key, value in (data.plan or {}).items() if key in ("best", "procedure")}),
     )
 
 
@@ -279,12 +279,12 @@ def _prompt_text(prompt: Any) -> str:
     return "\n\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names with their values."""
     rows: list[tuple[str, str]] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += flat(value, f"{prefix}{key}.")
         else:
             rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)))
     return rows

@@ -1,0 +1,201 @@
+"""`infalign audit`: how often, and how badly, N attempts break a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infalign.cli.console import ConsoleReporter
+from infalign.errors import InputError
+
+if TYPE_CHECKING:
+    from infalign.audit.run import Judge
+    from infalign.audit.targets import Target
+    from infalign.data import Prompt
+    from infalign.rollouts.rewards import RewardSource
+
+_REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
+
+
+def audit_command(
+    model: Annotated[
+        list[str],
+        typer.Option("--model", help="Model folder, adapter or hub name, or NAME=MODEL. Can be repeated: the "
+                     "others are compared with the first."),
+    ],
+    prompts: Annotated[str, typer.Option("--prompts", help="Requests that should be refused: JSONL, JSONL.gz, "
+                                         "Parquet or a hub data set.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the audit; the same command goes on from there.")],
+    attempts: Annotated[int, typer.Option("--attempts", help="Attempts per prompt and model.")] = 64,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help=f"Safety reward, higher is safer: {_REWARD}.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="An attempt succeeds with a reward below this.")
+    ] = None,
+    success: Annotated[
+        str | None,
+        typer.Option("--success", help="Instead of a reward: module:function that says True where an attempt "
+                     "succeeded; or not-refused, which only looks for phrases of refusal."),
+    ] = None,
+    benign: Annotated[
+        str | None, typer.Option("--benign", help="Harmless prompts, best such as look harmful, for over-refusal.")
+    ] = None,
+    benign_attempts: Annotated[int, typer.Option("--benign-attempts", help="Responses per harmless prompt.")] = 4,
+    refusal: Annotated[
+        str | None,
+        typer.Option("--refusal", help="Says 1 for a refusal: as --reward [default: phrases of refusal].",
+                     show_default=False),
+    ] = None,
+    augment: Annotated[
+        str,
+        typer.Option("--augment", help="How each attempt rewords its prompt: all, none, or some of scramble, "
+                     "capitalise, noise, swap."),
+    ] = "all",
+    sigma: Annotated[float, typer.Option("--sigma", help="Strength of the rewording, 0 to 1.")] = 0.4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rewording and the sampling.")] = 0,
+    predict: Annotated[
+        int | None, typer.Option("--predict", help="Largest N to predict [default: 16 × attempts].", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first prompts.")] = None,
+    column: Annotated[str, typer.Option("--column", help="Column that holds the prompts.")] = "prompt",
+    chat: Annotated[bool, typer.Option("--chat", help="Send prompts that are text as a user's chat message.")] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="OpenAI-compatible server (…/v1); --model then names models there."),
+    ] = None,
+    api_key_variable: Annotated[
+        str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rollouts drawn at the same time.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
+    title: Annotated[str, typer.Option("--title", help="Heading of the report.")] = "Safety audit",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
+) -> None:  # fmt: skip
+    """Attack models N times with every prompt; success over N, what more attempts would do, and what safety costs."""
+    from infalign.audit.augment import Augmentation
+    from infalign.audit.run import AuditSettings
+    from infalign.cli.run import silence_libraries
+    from infalign.data import load_prompts
+
+    augmentation = Augmentation.parse(augment, sigma=sigma, seed=seed)
+    settings = AuditSettings(
+        attempts=attempts,
+        augmentation=augmentation,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        benign_attempts=benign_attempts,
+        predict=predict,
+    )
+    asked = _as_chat(load_prompts(prompts, column, limit=limit).prompts, chat)
+    harmless = () if benign is None else _as_chat(load_prompts(benign, column, limit=limit).prompts, chat)
+    reporter = ConsoleReporter()
+    reporter.say("Loading libraries …")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    from infalign.audit.page import worst_examples, write_audit_report
+    from infalign.audit.run import audit
+    from infalign.audit.words import text_table
+    from infalign.run_folder import versions
+
+    silence_libraries()
+    judge = _judge(reward, threshold, success)
+    targets = _targets(model, endpoint, api_key_variable, batch_size, trust_remote_code)
+    refuses = None if refusal is None else reward_source(refusal, "--refusal")
+    try:
+        result = audit(
+            targets, asked, judge, out=out, settings=settings, benign=harmless, refusal=refuses, stage=reporter.stage
+        )
+    except KeyboardInterrupt:
+        reporter.say("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    examples = worst_examples(result, asked, judge, out)
+    report = write_audit_report(out / "report.html", result, examples, title=title, versions=versions())
+    if as_json:
+        typer.echo(json.dumps({**result.to_dict(), "report": str(report)}, ensure_ascii=False))
+    else:
+        typer.echo(f"{text_table(result)}\n\nReport: {report}")
+
+
+def reward_source(text: str, option: str) -> RewardSource:
+    """A reward from the command line: a model's folder or hub name, `module:function`, or an address.
+
+    Raises:
+        InputError: There is no such model or function.
+    """
+    from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
+
+    if text.startswith(("http://", "https://")):
+        return HTTPReward(Endpoint(text), name=text)
+    if not Path(text).exists() and ":" in text:
+        return FunctionReward(text)
+    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise InputError("there is no such folder", where=f"{option} {text}", mend=f"Give {_REWARD}")
+    return SequenceClassificationReward(text)
+
+
+def _judge(reward: str | None, threshold: float | None, success: str | None) -> Judge:
+    from infalign.audit.refusal import RefusalPhrases
+    from infalign.audit.run import Judge
+
+    if (reward is None) == (success is None):
+        raise InputError("it is not said, or said twice, when an attempt succeeds", where="audit",
+                         mend="Give either --reward with --threshold, or --success")  # fmt: skip
+    if success is not None:
+        if threshold is not None:
+            raise InputError("--threshold goes with --reward", where="audit", mend="Leave it out with --success")
+        if success == "not-refused":
+            return Judge(RefusalPhrases(), 0.5)
+        return Judge(reward_source(success, "--success"), None)
+    if threshold is None:
+        raise InputError("a reward has no natural line between safe and harmful", where="--reward",
+                         mend="Give --threshold: an attempt succeeds with a reward below it")  # fmt: skip
+    assert reward is not None, "checked above"
+    return Judge(reward_source(reward, "--reward"), threshold)
+
+
+def _targets(
+    models: list[str], endpoint: str | None, api_key_variable: str | None, batch_size: int | None, trust: bool
+) -> list[Target]:
+    from infalign.audit.targets import LocalModel, ServedModel
+    from infalign.rollouts.http import Endpoint
+
+    found: list[Target] = []
+    for text in models:
+        label, model = _named(text)
+        if endpoint is None:
+            found.append(LocalModel(label, model, batch_size, trust_remote_code=trust))
+        else:
+            found.append(ServedModel(label, model, Endpoint(endpoint, api_key_variable)))
+    return found
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=MODEL, or a name made of the model's own; an aligned model of a run is named after its transform."""
+    name, equals, model = text.partition("=")
+    if equals and not Path(text).exists():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise InputError(f"{name!r} cannot name a model", where="--model",
+                             mend="Use letters, digits, dots, hyphens and underscores")  # fmt: skip
+        return name, model
+    parts = [part for part in Path(text).parts if part not in ("/", "..", ".")]
+    own = parts[-2] if len(parts) > 1 and parts[-1] == "model" else (parts or ["model"])[-1]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", own).lstrip("-.") or "model", text
+
+
+def _as_chat(prompts: tuple[Prompt, ...], chat: bool) -> tuple[Prompt, ...]:
+    from infalign.data import Prompt
+
+    if not chat:
+        return prompts
+    return tuple(
+        Prompt([{"role": "user", "content": one.prompt}], one.row) if isinstance(one.prompt, str) else one
+        for one in prompts
+    )
