@@ -12,6 +12,7 @@ from rich.console import Console
 
 import infalign
 from infalign.cli.audit import audit_command
+from infalign.cli.decode import decode_command
 from infalign.cli.plan import plan_command
 from infalign.cli.quickstart import quickstart_command
 from infalign.cli.run import (
@@ -40,6 +41,7 @@ app.command("calibrate")(calibrate_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
+app.command("decode")(decode_command)
 app.command("serve-reward")(serve_reward_command)
 app.command("audit")(audit_command)
 

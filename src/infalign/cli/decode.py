@@ -1,0 +1,279 @@
+"""`infalign decode`: answer prompts through a procedure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infalign.cli.console import ConsoleReporter
+from infalign.cli.plan import parse_procedure
+from infalign.cli.sources import REWARD, open_calibration, open_named_reward
+from infalign.errors import InfalignError, InputError, RewardError
+from infalign.procedures import BestOfN, InferenceProcedure
+
+if TYPE_CHECKING:
+    from infalign.data import Prompt
+    from infalign.decode.candidates import CandidateSampler
+    from infalign.decode.decoder import Decoded, Decoder
+
+_ROWS_AT_ONCE = 512
+
+
+def decode_command(
+    prompt: Annotated[str | None, typer.Argument(help="One prompt.", show_default=False)] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Instead: JSONL, JSONL.gz, Parquet, or a data set's name.")
+    ] = None,
+    column: Annotated[str, typer.Option("--column", help="The column with the prompt.")] = "prompt",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many prompts only.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send text as a user's message, through the chat template.")
+    ] = False,
+    model: Annotated[str | None, typer.Option("--model", help="Folder, adapter or hub name of a model.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Instead: an OpenAI-compatible server, http://host:8000/v1.")
+    ] = None,
+    model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name there.")] = None,
+    api_key_variable: Annotated[
+        str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests to it at the same time.")] = 16,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
+    ] = None,
+    procedure: Annotated[
+        str,
+        typer.Option("--procedure", help="best-of-n, worst-of-n, order-statistic, standard, best-of-8 … or FILE.json."),
+    ] = "best-of-n",
+    n: Annotated[int | None, typer.Option("--n", help="Candidates per prompt.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Which from the worst, for order-statistic.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A calibrated run: gives its prompts' answers quantiles.")
+    ] = None,
+    stop_at: Annotated[
+        float | None,
+        typer.Option("--stop-at", help="Best-of-N: draw no more once one has this calibrated reward, as 0.95."),
+    ] = None,
+    stop_reward: Annotated[
+        float | None,
+        typer.Option("--stop-reward", help="… or this reward: at the greatest there is, nothing is lost."),
+    ] = None,
+    block: Annotated[int, typer.Option("--block", min=1, help="Candidates drawn together until it stops.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write answers as JSONL; the same command goes on from there.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides what is drawn.")] = 0,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Prompts answered, and written, together.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+) -> None:
+    """Draw candidates, rank them by the reward, and give the one that the procedure picks."""
+    chosen = _procedure(procedure, n, k, stop_at, block)
+    if (prompt is None) == (prompts is None):
+        raise InputError("nothing to answer, or twice", where="decode", mend="Give one prompt, or --prompts FILE")
+    if (model is None) == (endpoint is None):
+        raise InputError("one model is needed", where="decode", mend="Give --model, or --endpoint and --model-name")
+    if (endpoint is None) != (model_name is None):
+        raise InputError("a model behind an endpoint has a name there", where="decode",
+                         mend="Give --endpoint and --model-name")  # fmt: skip
+    reporter = ConsoleReporter()
+    reporter.say("Loading libraries …")
+    from infalign.data import Prompt, load_prompts
+    from infalign.decode.answers import AnswerFile
+    from infalign.decode.decoder import Decoder
+    from infalign.rollouts.score import FunctionReward, column_names
+
+    wanted = [Prompt(prompt)] if prompt is not None else list(load_prompts(str(prompts), column, limit=limit))
+    if chat:
+        wanted = [_as_message(one) for one in wanted]
+    if any(isinstance(one.prompt, str) != isinstance(wanted[0].prompt, str) for one in wanted):
+        raise InputError("some prompts are text and some are chat messages", where=str(prompts),
+                         mend="Give one kind, or --chat")  # fmt: skip
+    weights: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    source = None if reward is None else open_named_reward(reward, **weights)
+    if isinstance(source, FunctionReward):
+        source.require_columns([*column_names(wanted), "prompt_id"])
+    found = None if calibration is None else open_calibration(calibration, source)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    sampler, identity = _sampler(model, endpoint, model_name, api_key_variable, concurrency, settings, weights)
+    decoder = Decoder(
+        sampler,
+        source if found is None else found.reward,
+        chosen,
+        calibrator=None if found is None else found.calibrator,
+        prompt_ids=None if found is None else found.prompt_ids,
+        stop_reward=stop_reward,
+        block=block,
+        seed=seed,
+    )
+    made_by = {
+        "model": identity,
+        **settings,
+        "seed": seed,
+        "reward": None if decoder.reward is None else decoder.reward.key,
+        "calibration": None if found is None else found.fingerprint,
+        "procedure": chosen.to_dict(),
+        "stop_reward": stop_reward,
+        "block": block if stop_reward is not None else None,
+    }
+    at_once = batch or (4 * concurrency if endpoint is not None else max(1, _ROWS_AT_ONCE // (chosen.n or 1)))
+    file = None if out is None else AnswerFile(out, made_by)
+    with _answered(file) as done, reporter.stage(chosen.label) as progress:
+        todo = [one for one in wanted if one.id not in done]
+        answers: list[Decoded] = []
+        failures: list[InfalignError] = []
+        progress(len(wanted) - len(todo), len(wanted), "")
+        try:
+            for start in range(0, len(todo), at_once):
+                new = decoder.decode_each(todo[start : start + at_once], call=0)
+                good = [one for one in new if not isinstance(one, InfalignError)]
+                bad = [one for one in new if isinstance(one, InfalignError)]
+                if file is not None:
+                    file.append(good)
+                answers += good
+                failures += bad
+                progress(
+                    len(wanted) - len(todo) + start + len(new), len(wanted), f"{len(failures)} failed" * bool(failures)
+                )
+                if not good:
+                    break  # what fails for every prompt of a batch will fail for the next one
+        except KeyboardInterrupt:
+            reporter.say("Stopped" + ("." if out is None else "; the same command goes on from here."))
+            raise typer.Exit(130) from None
+    _show(decoder, answers, len(wanted) - len(todo), failures, out, as_json)
+    if len(failures) == 1 and len(wanted) == 1:
+        raise failures[0]
+    if failures:
+        raise RewardError(
+            f"{len(failures)} of {len(todo)} prompts have no answer; the first: {failures[0]}",
+            mend=None if out is None else "What is answered is kept; start again to try the others",
+        )
+
+
+def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, block: int) -> InferenceProcedure:
+    chosen = parse_procedure(text, n, k)
+    if stop_at is None:
+        return chosen
+    if not isinstance(chosen, BestOfN):
+        raise InputError(f"--stop-at is for Best-of-N, not for {chosen.label}", where="decode", mend="Leave it out")
+    from infalign.early_stopping import EarlyStopping
+
+    return EarlyStopping(chosen.n, stop_at, block)
+
+
+def _as_message(prompt: Prompt) -> Prompt:
+    from infalign.data import Prompt
+
+    content = prompt.prompt
+    return Prompt([{"role": "user", "content": content}], prompt.row) if isinstance(content, str) else prompt
+
+
+def _sampler(
+    model: str | None,
+    endpoint: str | None,
+    model_name: str | None,
+    api_key_variable: str | None,
+    concurrency: int,
+    settings: dict[str, Any],
+    weights: dict[str, Any],
+) -> tuple[CandidateSampler, str]:
+    """What draws candidates, and its identity for the record."""
+    if endpoint is not None:
+        from infalign.decode.remote import EndpointSampler
+        from infalign.rollouts.http import Endpoint
+
+        name = str(model_name)
+        server = Endpoint(endpoint, api_key_variable)
+        return EndpointSampler(server, name, concurrency=concurrency, **settings), f"endpoint:{name}"
+    from infalign.cli.run import silence_libraries
+    from infalign.decode.local import LocalSampler
+    from infalign.rollouts.key import model_fingerprint
+    from infalign.rollouts.models import load_policy
+
+    silence_libraries()
+    policy, tokenizer = load_policy(str(model), **weights)
+    return LocalSampler(policy, tokenizer, name=str(model), **settings), model_fingerprint(str(model))
+
+
+@contextmanager
+def _answered(file: Any) -> Iterator[set[str]]:
+    if file is None:
+        yield set()
+    else:
+        with file.writing() as done:
+            yield done
+
+
+def _show(
+    decoder: Decoder,
+    answers: Sequence[Decoded],
+    before: int,
+    failures: Sequence[InfalignError],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """What came out, for a program or for a person."""
+    from infalign.decode.answers import answer_row
+
+    known = [one.num_tokens for one in answers if one.num_tokens is not None]
+    drawn = sum(len(one.candidates) for one in answers)
+    if as_json:
+        summary = {
+            "procedure": decoder.procedure.to_dict(),
+            "answered": len(answers),
+            "answered_before": before,
+            "failed": [str(error) for error in failures],
+            "candidates": drawn,
+            "num_tokens": sum(known) if len(known) == len(answers) else None,
+            "out": None if out is None else str(out),
+            "answers": [answer_row(one) for one in answers] if out is None else None,
+        }
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    if out is None:
+        for one in answers:
+            if len(answers) > 1:
+                console.rule(characters="─")
+                console.print(one.prompt.text, style="dim", markup=False, soft_wrap=True)
+            console.print(one.chosen.text, markup=False, soft_wrap=True)
+            console.print(_line(one), style="cyan", markup=False)
+    else:
+        there = f"; {before} were there" if before else ""
+        console.print(f"{len(answers)} prompts answered{there}: {out}", markup=False, soft_wrap=True)
+    if len(answers) > 1:
+        n = decoder.procedure.n or 1
+        saved = f" of at most {n * len(answers):,}" if drawn < n * len(answers) else ""
+        console.print(f"{drawn:,} candidates{saved}" + (f", {sum(known):,} tokens" if known else ""), markup=False)
+
+
+def _line(answer: Decoded) -> str:
+    """Reward and cost of one answer."""
+    chosen, parts = answer.chosen, [f"{answer.procedure.label}"]
+    if chosen.reward is not None:
+        parts.append(f"reward {chosen.reward:.4g}")
+        others = [one.reward for one in answer.candidates if one.reward is not None]
+        if len(others) > 1:
+            parts[-1] += f" of {min(others):.4g} … {max(others):.4g}"
+    if chosen.calibrated_reward is not None:
+        parts.append(f"calibrated {chosen.calibrated_reward:.3f}")
+    parts.append(f"{len(answer.candidates)} candidates")
+    if answer.num_tokens is not None:
+        parts.append(f"{answer.num_tokens:,} tokens")
+    return " · ".join([*parts, f"{answer.seconds:.1f} s"])
