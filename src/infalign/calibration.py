@@ -126,6 +126,14 @@ class RewardCalibrator:
         below, equal, _ = self._compare(rewards, prompt_index)
         return resolve_ties(below, equal, self.ties, self._rng)
 
+    def compare(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> tuple[IntArray, IntArray]:
+        """How many of its prompt's references each reward beats, and how many it equals.
+
+        Arguments and errors are those of `calibrate`.
+        """
+        below, equal, _ = self._compare(rewards, prompt_index)
+        return below, equal
+
     def calibrate_references(self) -> FloatArray | list[FloatArray]:
         """Calibrated rewards of the references themselves, each against the K − 1 others of its prompt.
 

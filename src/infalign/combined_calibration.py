@@ -117,6 +117,11 @@ class CombinedCalibrator:
         below, equal, num_ref = self._compare(rewards, prompt_index)
         return resolve_ties(below, equal, self.ties, self._rng) / num_ref
 
+    def compare(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> tuple[IntArray, IntArray]:
+        """How many references have a lower, and an equal, combined score; arguments and errors as for `ranks`."""
+        below, equal, _ = self._compare(rewards, prompt_index)
+        return below, equal
+
     def score(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> FloatArray:
         """The weighted mean of the M calibrated rewards itself: a score that depends on nothing but the response.
 

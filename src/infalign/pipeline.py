@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from infalign import processes
 from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
 from infalign.errors import InfalignError, StorageError
@@ -22,10 +23,10 @@ from infalign.recipe import Recipe
 from infalign.report.calibration_display import calibration_lines
 from infalign.report.table import text_table
 from infalign.rollouts.key import model_fingerprint
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
 from infalign.run_rewards import open_reward
-from infalign.stages import Stages
+from infalign.stages import PlannedTransform, Stages
 
 MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
@@ -62,6 +63,8 @@ class Pipeline:
     def run(self, only: str | None = None) -> dict[str, Any]:
         """Do every stage, or one group of them on top of finished earlier ones.
 
+        Of several processes (`accelerate launch`) the main one does this; the others only take part in the trainings.
+
         Args:
             only: One of `GROUPS`; `None` for all.
 
@@ -72,6 +75,9 @@ class Pipeline:
             MismatchError: If an earlier stage that is needed is missing or was made with other settings.
             StorageError: If another process is working in the folder, or it cannot be written.
         """
+        processes.join()
+        if not processes.is_main():
+            return self._follow()
         self._only = only
         self.check()
         self.folder = RunFolder(self.out, self.recipe.name)
@@ -81,7 +87,18 @@ class Pipeline:
         with self.folder.writing():
             for group in do[:last]:
                 result = group()
+        processes.tell(None)
         return result
+
+    def _follow(self) -> dict[str, Any]:
+        """What the other processes do: train whatever the main one is about to train."""
+        while (planned := processes.hear()) is not None:
+            self.stages.align(planned, no_progress)
+        return {}
+
+    def _align(self, planned: PlannedTransform, progress: Progress) -> None:
+        processes.tell(planned)
+        self.stages.align(planned, progress)
 
     def check(self) -> dict[str, Any]:
         """Check what can be checked before anything is computed: files, columns, models, lengths, memory.
@@ -89,6 +106,7 @@ class Pipeline:
         Returns:
             `text`: the plan in words; and its numbers.
         """
+        processes.join()
         return check_recipe(self.recipe, self.out)
 
     # --- what depends on what ---
@@ -185,7 +203,7 @@ class Pipeline:
                     "seed": recipe.seed,
                 },
                 [f"policies/{name}"],
-                partial(stages.align, planned),
+                partial(self._align, planned),
                 title=f"Align ({name})",
             )
             result = stages.read_json(f"policies/{name}/result.json")

@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # How launchers say how many processes there are: torchrun and accelerate, then the MPI families.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -86,6 +86,7 @@ def gathered(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     """Arrays of all processes, joined along the first axis in the order of the processes; the same everywhere."""
     if not _connected():
         return list(arrays)
+    import numpy as np
     import torch
 
     everyones: list[Any] = [None] * torch.distributed.get_world_size()

@@ -96,9 +96,6 @@ class RunFolder:
         Raises:
             StorageError: If another process holds it.
         """
-        if int(os.environ.get("RANK", "0")) > 0:  # the processes of one distributed training share the folder
-            yield
-            return
         lock = FileLock(str(self.path / ".lock"), timeout=0)
         try:
             lock.acquire()

@@ -306,7 +306,12 @@ class Stages:
     def transformed_reward(self, planned: PlannedTransform) -> TransformedReward:
         """What training with one transform maximises."""
         return TransformedReward(
-            self.rewards.source(), self.calibrator(), self.prompts("train").ids, planned.transform, planned.beta
+            self.rewards.source(),
+            self.calibrator(),
+            self.prompts("train").ids,
+            planned.transform,
+            planned.beta,
+            procedure=self.recipe.target_procedure,
         )
 
     def policy_folder(self, name: str) -> Path:

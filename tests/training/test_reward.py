@@ -6,6 +6,7 @@ import pytest
 from infalign.calibration import RewardCalibrator
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
+from infalign.procedures import BestOfN
 from infalign.rollouts.rewards import FunctionReward
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.training.reward import TransformedReward
@@ -16,9 +17,11 @@ def length_reward(prompts, completions):
     return [float(len(text)) for text in completions]
 
 
-def make(transform, beta=0.5, references=((1.0, 2.0, 3.0), (10.0, 20.0, 30.0))):
+def make(transform, beta=0.5, references=((1.0, 2.0, 3.0), (10.0, 20.0, 30.0)), procedure=None):
     calibrator = RewardCalibrator().fit([list(r) for r in references])
-    return TransformedReward(FunctionReward(length_reward), calibrator, ["p", "q"], transform, beta)
+    return TransformedReward(
+        FunctionReward(length_reward), calibrator, ["p", "q"], transform, beta, procedure=procedure
+    )
 
 
 def test_by_hand():
@@ -62,7 +65,16 @@ def test_ragged_references_use_each_prompts_own_number():
 def test_metrics_reach_the_trainer():
     seen = {}
     make(Identity())(["?", "?"], ["xxxx", ""], prompt_id=["p", "p"], log_metric=seen.__setitem__)
-    assert seen == {"calibrated_reward": pytest.approx(0.5), "raw_reward": pytest.approx(2.0)}
+    assert seen == {
+        "calibrated_reward": pytest.approx(0.5),
+        "raw_reward": pytest.approx(2.0),
+        "tie_mass": 0.0,
+    }
+    seen.clear()
+    make(Identity(), procedure=BestOfN(2))(["?"] * 2, ["xxxx", "xx"], prompt_id=["p", "p"], log_metric=seen.__setitem__)
+    # The best of both beats all three references; the length of 2 equals one of three.
+    assert seen["win_rate"] == pytest.approx(1.0)
+    assert seen["tie_mass"] == pytest.approx(1 / 6)
 
 
 def test_columns_come_from_the_prompts_rows_where_it_knows_them():

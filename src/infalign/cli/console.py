@@ -13,10 +13,14 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class ConsoleReporter:
-    """Tells what the pipeline is doing; hands each stage a progress callback."""
+    """Tells what the pipeline is doing; hands each stage a progress callback.
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    Args:
+        quiet: Say nothing, as all but one of several processes do.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One plain line."""

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 import infalign
+from infalign import processes
 from infalign.cli.audit import audit_command
 from infalign.cli.decode import decode_command
 from infalign.cli.plan import plan_command
@@ -58,7 +59,13 @@ def main() -> None:
     try:
         app()
     except InfalignError as error:
+        if not processes.first_to_fail():
+            sys.exit(2)
         console = Console(stderr=True, highlight=False)
         console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
+    except Exception:
+        if not processes.first_to_fail():
+            sys.exit(1)  # the end of this process is a consequence, and the cause has been shown
+        raise

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from infalign import processes
 from infalign.cli.console import ConsoleReporter
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment: a YAML file, see recipes/.")]
@@ -64,27 +65,32 @@ def execute(
     """Run a recipe, or one group of its stages, and print what came out."""
     from infalign.recipe import load_recipe
 
+    processes.join()
     recipe = load_recipe(recipe_file, overrides or [])
     # A reward given as module:function may lie where the user stands or beside the recipe.
     for folder in (str(recipe_file.resolve().parent), str(Path.cwd())):
         if folder not in sys.path:
             sys.path.insert(0, folder)
     out = out or Path("runs") / recipe.name
-    reporter = ConsoleReporter()
+    reporter = ConsoleReporter(quiet=not processes.is_main())
     reporter.say("Loading libraries …")
     from infalign.pipeline import Pipeline
 
     silence_libraries()
     pipeline = Pipeline(recipe, out, reporter)
     if dry_run:
-        print_result(pipeline.check(), as_json)
+        if processes.is_main():
+            print_result(pipeline.check(), as_json)
+        processes.leave()
         return
     try:
         result = pipeline.run(only)
     except KeyboardInterrupt:
         reporter.say("Stopped; the same command goes on from here.")
         raise typer.Exit(130) from None
-    print_result(result, as_json)
+    processes.leave()
+    if processes.is_main():
+        print_result(result, as_json)
 
 
 def print_result(result: dict[str, object], as_json: bool) -> None:

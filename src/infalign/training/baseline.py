@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from trl.trainer.rloo_trainer import RLOOTrainer
 
 from infalign.training.reward import TransformedReward
+from infalign.training.trainer import SequenceTrainer
 
 Baseline = Literal["known", "leave-one-out"]
 
 
-class BaselineTrainer(RLOOTrainer):
-    """TRL's `RLOOTrainer` with a choice of baseline.
+class BaselineTrainer(SequenceTrainer):
+    """TRL's trainer with a choice of baseline.
 
     Both baselines leave the expected gradient as it is: neither depends on the response it is subtracted from.
     Logs the spread of the residual (M12; 0 at the optimum) and the mean square of the advantage with each baseline.
@@ -31,7 +31,6 @@ class BaselineTrainer(RLOOTrainer):
     def __init__(self, *, baseline: Baseline = "known", **arguments: Any) -> None:
         super().__init__(**arguments)
         self.baseline = baseline
-        self._scoring = False
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         source = self.reward_funcs[0]
@@ -40,13 +39,10 @@ class BaselineTrainer(RLOOTrainer):
             return super()._generate_and_score_completions(inputs)
         # Before the rewards are asked for: a transform that follows the policy changes with every step.
         log_z_B = torch.tensor(source.log_normalizer([row["prompt_id"] for row in inputs]))
-        self._scoring = True
         output = super()._generate_and_score_completions(inputs)
-        self._scoring = False
-        log_ratio_B = output["old_logps"] - (self._reference_logps * output["completion_mask"]).sum(1)
         first = self.accelerator.process_index * len(inputs)
         reward_B = self._rewards[first : first + len(inputs), 0]
-        residual_B = reward_B - log_ratio_B - log_z_B.to(reward_B)
+        residual_B = reward_B - self.log_ratio_B - log_z_B.to(reward_B)
         residual_N: Any = self.accelerator.gather(residual_B)
         known_B = residual_B - (residual_N.sum() - residual_B) / (len(residual_N) - 1)
         squares = torch.stack([output["advantages"].square().mean(), known_B.square().mean()])
@@ -63,9 +59,3 @@ class BaselineTrainer(RLOOTrainer):
     def _calculate_rewards(self, *arguments: Any, **more: Any) -> torch.Tensor:
         self._rewards = super()._calculate_rewards(*arguments, **more)
         return self._rewards
-
-    def _get_per_token_logps_and_entropies(self, *arguments: Any, **more: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*arguments, **more)
-        if self._scoring:  # the policy's first, then the reference's, which stay
-            self._reference_logps = found[0]
-        return found

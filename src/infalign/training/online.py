@@ -8,7 +8,6 @@ coefficient is 1.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import set_seed
 from trl.trainer.rloo_config import RLOOConfig
-from trl.trainer.rloo_trainer import RLOOTrainer
 
 from infalign.data import Prompt
 from infalign.errors import InputError
+from infalign.processes import is_main, join, launched, wait_for_all
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.training.baseline import Baseline, BaselineTrainer
@@ -41,6 +40,7 @@ from infalign.training.running import (
     run_trainer,
 )
 from infalign.training.steering import Steering, TrainingStep
+from infalign.training.step_report import StepReport
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def align(
     """Align `policy` to the transformed reward and save it as an ordinary Hugging Face folder (or adapter) in `out`.
 
     An interrupted call, repeated with the same arguments, goes on from its last checkpoint (in `out/checkpoints`).
+    Under `accelerate launch` every process calls this with the same arguments; the landing is the main process's.
 
     Args:
         policy: Folder or hub name of the reference policy, where training starts.
@@ -105,6 +106,7 @@ def align(
         InputError: If `rloo` sets a field that would change the objective.
         TrainingError: If the loss or the KL stops being finite.
     """
+    join()
     if (out / "result.json").exists():
         return _read_result(out)
     refuse_changed_objective(rloo or {})
@@ -136,14 +138,18 @@ def align(
             overrides=rloo or {},
         ),
     )
+    if is_main():  # it removes what was cut short
+        last_checkpoint(out / "checkpoints")
+    wait_for_all()
     checkpoint = last_checkpoint(out / "checkpoints")
     callback.restore(checkpoint)
     run_trainer(trainer, checkpoint)
+    wait_for_all()
     trainer.save_model(str(out / "model"))
+    if not is_main():
+        return AlignmentResult(out / "model", reward.beta, callback.steps)
     (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
     tokenizer.save_pretrained(str(out / "model"))
-    if not trainer.accelerator.is_main_process:
-        return AlignmentResult(out / "model", reward.beta, callback.steps)
     landing = None
     if kl_budget is not None:
         trained, _ = load_policy(out / "model", trust_remote_code=trust_remote_code)
@@ -211,7 +217,7 @@ def _rloo_config(
     overrides: Mapping[str, Any],
 ) -> RLOOConfig:
     on_gpu = torch.cuda.is_available()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched()
     accumulation = overrides.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
         raise InputError(
@@ -270,7 +276,7 @@ def _make_trainer(
     lora: Mapping[str, Any] | None,
     baseline: Baseline,
     config: RLOOConfig,
-) -> RLOOTrainer:
+) -> BaselineTrainer:
     try:
         trainer = BaselineTrainer(
             baseline=baseline,
@@ -290,6 +296,7 @@ def _make_trainer(
             where="training",
             mend="See TRL's RLOOConfig and PEFT's LoraConfig for the fields of training.rloo and training.lora",
         ) from error
+    trainer.on_rollouts = StepReport(reward)
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     return trainer

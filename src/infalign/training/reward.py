@@ -16,9 +16,12 @@ from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
+from infalign.procedures import InferenceProcedure
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import column_names, columns_of
 from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
+from infalign.training.drop_in import calling_trainer, warn_of_settings
+from infalign.training.ranked import RankedRollouts
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform
 
@@ -40,6 +43,11 @@ class TransformedReward:
         prompt_ids: The prompt id of each of the calibrator's rows.
         transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next.
         beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
+        procedure: What the policy will be used through, for the win rate in the log; a `SelfConsistentTransform` knows.
+
+    Attributes:
+        ranked: How the rollouts scored last stand among the references; those of all processes in a training.
+        win_rate: Their estimated inference-time win rate (M10); None where they are too few.
 
     Raises:
         InputError: If `prompt_ids` and the calibrator's rows differ in number, or `beta` is not positive.
@@ -52,6 +60,8 @@ class TransformedReward:
         prompt_ids: Sequence[str],
         transform: RewardTransform | SelfConsistentTransform,
         beta: float,
+        *,
+        procedure: InferenceProcedure | None = None,
     ) -> None:
         if len(prompt_ids) != calibrator.num_prompts:
             raise InputError(
@@ -64,6 +74,10 @@ class TransformedReward:
         self.transform = transform
         self._prompt_of: dict[str, Prompt] = {}
         self._columns: list[str] = []
+        self.procedure = transform.procedure if isinstance(transform, SelfConsistentTransform) else procedure
+        self.ranked: RankedRollouts | None = None
+        self.win_rate: float | None = None
+        self._checked = False  # whether the calling trainer's settings have been looked at
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
         self.beta = beta
         self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
@@ -92,13 +106,7 @@ class TransformedReward:
     def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
         """Φ_K(b)/β in nats (M6), shape (B,), of raw `rewards`, shape (B,), or (B, M) of several sources."""
         rows = self._rows(prompt_id)
-        rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
-        num_ref_B = self.calibrator.num_ref_P[rows]
-        out_B = np.empty(len(rank_B))
-        for num_ref in np.unique(num_ref_B):
-            of_K = num_ref_B == num_ref
-            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K])
-        return out_B
+        return self._tilt_of_ranks(self.calibrator.ranks(rewards, prompt_index=rows), self.calibrator.num_ref_P[rows])
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
         """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6), in nats, shape (B,)."""
@@ -120,6 +128,9 @@ class TransformedReward:
     ) -> list[float]:
         """Φ_K/β of each response; TRL's reward-function signature.
 
+        When a TRL trainer calls for the first time, settings of it that would change the objective are warned about
+        (`drop_in.check_trainer`).
+
         Args:
             prompts: B prompts, strings or chat messages.
             completions: B responses, strings or chat messages.
@@ -131,6 +142,9 @@ class TransformedReward:
             InputError: If there is no `prompt_id`, or one that the calibrator does not know.
             RewardError: If the source leaves a response without a finite score.
         """
+        if not self._checked and (trainer := calling_trainer(log_metric)) is not None:
+            self._checked = True
+            warn_of_settings(trainer, self)
         if prompt_id is None:
             raise InputError(
                 "the training data has no column prompt_id",
@@ -138,12 +152,20 @@ class TransformedReward:
                 mend="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
         rewards = self.score(prompts, completions, prompt_id, **columns)
+        ranked = self._rank(rewards, prompt_id)
+        tilt_B = self._tilt_of_ranks(ranked.rank_B, ranked.num_ref_B)
+        # Called by a trainer, every process does this at the same time: the state is then that of all their rollouts.
+        self.ranked = ranked if log_metric is None else ranked.of_all_processes()
+        won_P = None if self.procedure is None else self.ranked.win_rate_P(self.procedure)
+        self.win_rate = None if won_P is None else float(won_P.mean())
         if log_metric is not None:
-            log_metric("calibrated_reward", float(self.calibrate(rewards, prompt_id).mean()))
+            log_metric("calibrated_reward", float((ranked.rank_B / ranked.num_ref_B).mean()))
             # Several raw rewards have no common scale: the first stands for them in the log.
             log_metric("raw_reward", float(rewards.reshape(len(rewards), -1)[:, 0].mean()))
-        tilt_B = self.tilt(rewards, prompt_id)
-        self.follow(rewards, prompt_id)  # after use: a reward must not depend on its own noise
+            log_metric("tie_mass", self.ranked.tie_mass)
+            if self.win_rate is not None:
+                log_metric("win_rate", self.win_rate)
+        self._take_in(self.ranked)  # after use: a reward must not depend on its own noise
         return tilt_B.tolist()
 
     def score(
@@ -174,8 +196,11 @@ class TransformedReward:
     def follow(self, rewards: Float, prompt_id: Sequence[str]) -> None:
         """Let a self-consistent transform take in the policy's raw `rewards`, shape as in `tilt`; others stay."""
         if isinstance(self.transform, SelfConsistentTransform):
-            rows = self._rows(prompt_id)
-            self.transform.update(self.calibrator.ranks(rewards, prompt_index=rows), self.calibrator.num_ref_P[rows])
+            self._take_in(self._rank(rewards, prompt_id))
+
+    def _take_in(self, ranked: RankedRollouts) -> None:
+        if isinstance(self.transform, SelfConsistentTransform):
+            self.transform.update(ranked.rank_B, ranked.num_ref_B)
             self._tilt_of_K = {}
 
     def state(self) -> dict[str, Any]:
@@ -189,6 +214,12 @@ class TransformedReward:
         if isinstance(self.transform, SelfConsistentTransform):
             self.transform.cdf = np.array(state["cdf"])
 
+    def _rank(self, rewards: Float, prompt_id: Sequence[str]) -> RankedRollouts:
+        rows = self._rows(prompt_id)
+        below_B, equal_B = self.calibrator.compare(rewards, prompt_index=rows)
+        rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
+        return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B)
+
     def _rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
         try:
             return np.array([self._row_of[i] for i in prompt_id], dtype=np.intp)
@@ -198,6 +229,13 @@ class TransformedReward:
                 where="TransformedReward",
                 mend="Draw reference rollouts for every training prompt first",
             ) from None
+
+    def _tilt_of_ranks(self, rank_B: Float, num_ref_B: NDArray[np.integer]) -> Float:
+        out_B = np.empty(len(rank_B))
+        for num_ref in np.unique(num_ref_B):
+            of_K = num_ref_B == num_ref
+            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K])
+        return out_B
 
     def _tilt_table(self, num_ref: int) -> Float:
         if num_ref not in self._tilt_of_K:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from infalign.errors import TrainingError
+from infalign.processes import wait_for_all
 from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
 from infalign.training.reward import TransformedReward
@@ -28,6 +29,10 @@ class TrainingStep:
     raw_reward: float
     mean_length: float
     truncated: float
+    kl_error: float | None = None  # standard error of `kl`, clustered by prompt; None with one prompt
+    win_rate: float | None = None  # of the target procedure (M10); None where a group is smaller than its n
+    tie_mass: float | None = None  # chance that a rollout equals a reference
+    frontier_share: float | None = None  # (W − ½)/(limit(KL) − ½)
 
 
 class Steering(TrainerCallback):
@@ -59,10 +64,9 @@ class Steering(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """After each optimiser step."""
-        if logs is None or "kl" not in logs:
+        if logs is None or "sequence_kl" not in logs:
             return
-        # TRL logs Σ log-ratios / Σ tokens and the mean length: their product is the mean over sequences.
-        kl = logs["kl"] * logs["completions/mean_length"]
+        kl = math.nan if logs["sequence_kl"] is None else logs["sequence_kl"]  # TRL logs None for NaN
         if not math.isfinite(kl) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise TrainingError(
                 f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
@@ -78,6 +82,10 @@ class Steering(TrainerCallback):
                 raw_reward=logs["raw_reward"],
                 mean_length=logs["completions/mean_length"],
                 truncated=logs["completions/clipped_ratio"],
+                kl_error=logs.get("sequence_kl_error"),
+                win_rate=logs.get("win_rate"),
+                tie_mass=logs.get("tie_mass"),
+                frontier_share=logs.get("frontier_share"),
             )
         )
         if self.controller is not None:
@@ -86,11 +94,13 @@ class Steering(TrainerCallback):
             self._write_steps()
         if self.progress is not None:
             last = self.steps[-1]
-            text = f"KL {last.kl:.2f}  calibrated reward {last.calibrated_reward:.3f}  beta {last.beta:.3g}"
+            won = "" if last.win_rate is None else f"  win rate {last.win_rate:.3f}"
+            text = f"KL {last.kl:.2f}  calibrated reward {last.calibrated_reward:.3f}{won}  beta {last.beta:.3g}"
             self.progress(state.global_step, self.total_steps, text)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Beside the trainer's own checkpoint."""
+        wait_for_all()  # each process writes a part of the checkpoint, and our state marks it as complete
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             content = {

@@ -1,0 +1,73 @@
+"""How one step's rollouts stand among their prompts' references, and what that says about the procedure's win rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.procedures import InferenceProcedure
+from infalign.processes import gathered
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RankedRollouts:
+    """B rollouts compared with the references of their prompts.
+
+    Attributes:
+        prompt_B: Row of the calibrator that each rollout's prompt has.
+        below_B: How many references each beats.
+        equal_B: How many it equals.
+        num_ref_B: K of its prompt.
+        rank_B: Its rank in 0..K by the calibrator's tie rule.
+    """
+
+    prompt_B: NDArray[np.int64]  # noqa: N815
+    below_B: NDArray[np.int64]  # noqa: N815
+    equal_B: NDArray[np.int64]  # noqa: N815
+    num_ref_B: NDArray[np.int64]  # noqa: N815
+    rank_B: Float  # noqa: N815
+
+    def of_all_processes(self) -> RankedRollouts:
+        """The same of all processes that take part in this training, each rollout once; in the order of the batch."""
+        return RankedRollouts(*gathered([getattr(self, field.name) for field in fields(self)]))
+
+    @property
+    def tie_mass(self) -> float:
+        """Chance that a rollout equals a reference of its prompt."""
+        return float((self.equal_B / self.num_ref_B).mean())
+
+    def win_rate_P(self, procedure: InferenceProcedure) -> Float | None:  # noqa: N802
+        """Unbiased inference-time win rate over the reference on each prompt (M10), ties counted ½.
+
+        Returns:
+            One value per prompt, in the order of `np.unique(prompt_B)`; None where a prompt has fewer rollouts or
+            references than the procedure draws, or the procedure draws no fixed number.
+        """
+        if procedure.n is None:
+            return None
+        out: list[float] = []
+        for prompt in np.unique(self.prompt_B):
+            of_prompt = self.prompt_B == prompt
+            below_G, num_ref = self.below_B[of_prompt], int(self.num_ref_B[of_prompt][0])
+            if min(below_G.size, num_ref) < procedure.n:
+                return None
+            upto_G = below_G + self.equal_B[of_prompt]
+            order_G = np.argsort(below_G + upto_G, kind="stable")
+            rate = 0.0
+            for weight, component in procedure.components:
+                # Chance that the references' side returns one of the lowest 0..K.
+                mass = np.concatenate([[0.0], np.cumsum(component.selection_weights(num_ref))])
+                won_G = 0.5 * (mass[below_G] + mass[upto_G])
+                rate += weight * float(component.selection_weights(below_G.size) @ won_G[order_G])
+            out.append(rate)
+        return np.array(out)
+
+
+def mean_per_prompt(values_B: Float, prompt_B: NDArray[np.int64]) -> Float:
+    """Mean over each prompt's rollouts, in the order of `np.unique(prompt_B)`."""
+    _, index_B = np.unique(prompt_B, return_inverse=True)
+    return np.bincount(index_B, weights=values_B) / np.bincount(index_B)

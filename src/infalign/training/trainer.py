@@ -1,0 +1,87 @@
+"""TRL's `RLOOTrainer` with rollouts that do not depend on who draws them, and the KL of every sequence.
+
+TRL gives each process random numbers of its own, so that the number of processes, or a restart with another number,
+changes the training. Here the numbers belong to a rollout: (seed, step, place in the step's batch). They are those of
+`rollouts.decode`, which also runs a prompt through the model once for all its rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+from numpy.typing import NDArray
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+from infalign.errors import InputError, TrainingError
+from infalign.rollouts.decode import decode, uniforms
+from infalign.training.running import ADVICE
+
+
+class SequenceTrainer(RLOOTrainer):
+    """`RLOOTrainer` that samples reproducibly and tells the sequence KL of each rollout.
+
+    With vLLM, continuous batching, or weights that are spread over processes (FSDP, DeepSpeed) rollouts are TRL's own.
+
+    Attributes:
+        on_rollouts: Called after each step's rollouts with the sequence log-ratios log π(y) − log p(y) in nats of all
+            processes, in the order of the batch; what it returns is logged.
+        log_ratio_B: Those of this process.
+    """
+
+    on_rollouts: Callable[[NDArray[np.float64]], dict[str, float]] | None = None
+    _logprobs: list[torch.Tensor] | None = None
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
+        if elsewhere or images is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        prompts = [list(ids) for ids in prompt_ids]
+        groups = [(ids, len(list(same))) for ids, same in groupby(prompts)]
+        step = f"training step {self.state.global_step}"
+        assert self.max_completion_length is not None, "always set"
+        options: Any = self.args.gradient_checkpointing_kwargs
+        first = self.accelerator.process_index * len(prompts)
+        uniforms_BT = np.stack(
+            [uniforms(self.args.seed, step, first + row, self.max_completion_length) for row in range(len(prompts))]
+        )
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=options,
+            generation_kwargs=self.generation_kwargs,
+        ) as unwrapped:
+            model: Any = unwrapped.get_base_model() if hasattr(unwrapped, "peft_config") else unwrapped
+            try:
+                drawn = decode(
+                    model,
+                    [ids for ids, _ in groups],
+                    np.repeat(np.arange(len(groups)), [count for _, count in groups]),
+                    uniforms_BT,
+                    end_tokens=self.eos_token_ids,
+                )
+            except InputError as error:  # it was a usable model when the training began
+                raise TrainingError(error.what, where="training", mend=ADVICE) from error
+        return [one.token_ids for one in drawn]
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._logprobs is not None:
+            self._logprobs.append(found[0])
+        return found
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._logprobs = []
+        scored = super()._generate_and_score_completions(inputs)
+        (policy_BT, ref_BT), self._logprobs = self._logprobs, None  # in the order in which TRL computes them
+        self.log_ratio_B = ((policy_BT - ref_BT) * scored["completion_mask"]).sum(1)
+        if self.on_rollouts is not None and self.model is not None and self.model.training:
+            log_ratios: Any = gather(self.log_ratio_B)
+            for name, value in self.on_rollouts(log_ratios.double().cpu().numpy()).items():
+                self._metrics["train"][name].append(value)
+        return scored
