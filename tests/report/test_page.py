@@ -17,9 +17,9 @@ from infalign.estimators import mean_estimate
 from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
 from infalign.evaluation.measure import measure
-from infalign.evaluation.results import Measured
+from infalign.evaluation.results import Band, Measured, OverN
 from infalign.procedures import BestOfN, Standard, WorstOfN
-from infalign.report import figures
+from infalign.report import curves, figures
 from infalign.report.page import ReportData, markdown_table, write_report
 from infalign.report.words import cautions, methods_paragraph, percent, verdict
 
@@ -47,6 +47,12 @@ def method(label, shift, *, num_prompts=60, **options):
 def two_methods():
     aware = dataclasses.replace(method("aware", 0.8), kl=method("plain", 0.5).kl)
     return aware, method("plain", 0.5)
+
+
+def sweep():
+    """Three checkpoints of one training, and another method."""
+    steps = [dataclasses.replace(method(f"a step {s}", s / 40), series="a", step=s) for s in (10, 20, 40)]
+    return [*steps, method("b", 0.4)]
 
 
 def candidate(text, reward, *, chosen):
@@ -210,10 +216,11 @@ class TestFigures:
         data = report_data()
         built = [
             figures.frontier_figure(frontier([aware, plain], "Best-of-4"), look),
-            figures.win_rate_over_n_figure([aware, plain], "best-of-n", look),
-            figures.win_rate_over_n_figure([aware, plain], "worst-of-n", look),
-            figures.win_rate_over_n_figure([aware, plain], "best-of-n", look, judge="gold"),
-            figures.training_figure(data.curves, look, kl_target=0.2),
+            curves.win_rate_over_n_figure([aware, plain], "best-of-n", look),
+            curves.win_rate_over_n_figure([aware, plain], "worst-of-n", look),
+            curves.win_rate_over_n_figure([aware, plain], "best-of-n", look, judge="gold"),
+            curves.over_kl_figure(sweep(), "Best-of-4", figures.styles_of(sweep()), ["gold"]),
+            curves.training_figure(data.curves, look, kl_target=0.2),
             figures.histogram_figure({"reference": [0.1, 0.9], "aware": [0.5]}, look, calibrated=True, title="C"),
             figures.histogram_figure({"reference": [1.0, 1.0]}, look, calibrated=False, title="reward"),
         ]
@@ -232,10 +239,11 @@ class TestFigures:
 
     def test_absent_data_gives_no_figure(self):
         look = figures.styles(["a"])
-        assert figures.training_figure({"a": [{"step": 1, "loss": 2.0}]}, look) is None
+        assert curves.training_figure({"a": [{"step": 1, "loss": 2.0}]}, look) is None
         assert figures.histogram_figure({"a": [float("nan")]}, look, calibrated=False, title="") is None
-        few = dataclasses.replace(two_methods()[0], procedures=two_methods()[0].procedures[:2])
-        assert figures.win_rate_over_n_figure([few], "best-of-n", figures.styles(["aware"])) is None
+        short = {family: OverN([1, 2], Band(*[[0.5, 0.5]] * 3), {}) for family in ("best-of-n", "worst-of-n")}
+        few = dataclasses.replace(two_methods()[0], over_n=short)
+        assert curves.win_rate_over_n_figure([few], "best-of-n", figures.styles(["aware"])) is None
 
     def test_histograms_are_densities(self):
         values = np.random.default_rng(0).normal(size=500).tolist()

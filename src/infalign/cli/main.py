@@ -14,12 +14,13 @@ import infalign
 from infalign import processes
 from infalign.cli.audit import audit_command
 from infalign.cli.decode import decode_command
+from infalign.cli.compare import compare_command
+from infalign.cli.evaluate import evaluate_command
 from infalign.cli.plan import plan_command
 from infalign.cli.quickstart import quickstart_command
+from infalign.cli.report import report_command
 from infalign.cli.run import (
     calibrate_command,
-    evaluate_command,
-    report_command,
     rollout_command,
     run_command,
     train_command,
@@ -45,6 +46,7 @@ app.command("report")(report_command)
 app.command("decode")(decode_command)
 app.command("serve-reward")(serve_reward_command)
 app.command("audit")(audit_command)
+app.command("compare")(compare_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -43,16 +43,6 @@ def train_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: 
     execute(recipe, set_, out, only="train", as_json=json_)
 
 
-def evaluate_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
-    """Measure win rates and KL on held-out prompts with fresh rollouts."""
-    execute(recipe, set_, out, only="evaluate", as_json=json_)
-
-
-def report_command(recipe: RecipeFile, set_: Set = None, out: Out = None, json_: Json = False) -> None:
-    """Write the HTML report of an evaluated run."""
-    execute(recipe, set_, out, only="report", as_json=json_)
-
-
 def execute(
     recipe_file: Path,
     overrides: list[str] | None,
@@ -68,9 +58,7 @@ def execute(
     processes.join()
     recipe = load_recipe(recipe_file, overrides or [])
     # A reward given as module:function may lie where the user stands or beside the recipe.
-    for folder in (str(recipe_file.resolve().parent), str(Path.cwd())):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    allow_local_rewards(recipe_file.resolve().parent, Path.cwd())
     out = out or Path("runs") / recipe.name
     reporter = ConsoleReporter(quiet=not processes.is_main())
     reporter.say("Loading libraries …")
@@ -99,6 +87,13 @@ def print_result(result: dict[str, object], as_json: bool) -> None:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         typer.echo(result["text"])
+
+
+def allow_local_rewards(*folders: Path) -> None:
+    """Let module:function be imported from these folders."""
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
 
 
 def silence_libraries() -> None:

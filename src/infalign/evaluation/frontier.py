@@ -17,9 +17,10 @@ from infalign.theory.plan import limit
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One method: its KL in nats and its win rate, each with an interval."""
+    """One method: its KL in nats and its win rate, each with an interval; points of one series are of one curve."""
 
     label: str
+    series: str
     kl: float
     kl_low: float
     kl_high: float
@@ -68,6 +69,7 @@ def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_point
         points.append(
             FrontierPoint(
                 label=result.label,
+                series=result.series or result.label,
                 kl=kl.estimate,
                 kl_low=kl.estimate if kl.low is None else kl.low,
                 kl_high=kl.estimate if kl.high is None else kl.high,
@@ -158,3 +160,30 @@ def difference_at(
 def _per_prompt(result: MethodResult, procedure: str) -> tuple[np.ndarray, np.ndarray]:
     """KL and win rate of each prompt."""
     return np.asarray(result.kl.per_prompt), np.asarray(result.of(procedure).win_rate.per_prompt)
+
+
+def least_favourable_at(
+    sweep: Sequence[MethodResult],
+    baseline: Sequence[MethodResult],
+    procedure: str,
+    kl: float,
+    *,
+    confidence: float = 0.95,
+) -> Difference:
+    """The difference at one KL as unfavourable to the side ahead as rising, concave frontiers allow.
+
+    Between two runs such a frontier lies above their chord and below the farther one's win rate. The side ahead is put
+    on its chord, the other at its ceiling; arguments and errors are those of `difference_at`.
+    """
+    ours, theirs = win_rate_at(sweep, procedure, kl), win_rate_at(baseline, procedure, kl)
+    if ours.estimate >= theirs.estimate:
+        gap_P = ours.per_prompt - _ceiling(baseline, procedure, kl)
+    else:
+        gap_P = _ceiling(sweep, procedure, kl) - theirs.per_prompt
+    return difference_estimate(gap_P, confidence=confidence)
+
+
+def _ceiling(sweep: Sequence[MethodResult], procedure: str, kl: float) -> np.ndarray:
+    """Win rate of each prompt in the run that encloses this KL from above."""
+    above = min((run for run in sweep if run.kl.estimate >= kl), key=lambda run: run.kl.estimate)
+    return _per_prompt(above, procedure)[1]

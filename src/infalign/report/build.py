@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from infalign.calibration import RewardCalibrator
+from infalign.evaluation.compare import compare
 from infalign.evaluation.record import Evaluation
 from infalign.procedures import InferenceProcedure, procedure_from_dict
-from infalign.report.page import ReportData, write_report
+from infalign.report.markdown import render_markdown
+from infalign.report.page import ReportData, write_page, write_report
+from infalign.report.words import cautions, verdict
 from infalign.rollouts.store import RolloutStore
 
 SAMPLE_PROMPTS = 100
 
 
-def build_report(out: Path) -> Path:
-    """Write `report.html` into the folder of a finished evaluation.
+def build_report(out: Path, form: Literal["html", "md", "json"] = "html") -> tuple[Path, dict[str, Any]]:
+    """Write `report.html`, `report.md` or `report.json` into the folder of a finished evaluation.
 
     Args:
         out: The folder of a run or of an evaluation.
+        form: A page with everything in it, the findings as text, or the findings and all numbers as data.
+
+    Returns:
+        The file, and the data.
 
     Raises:
         StorageError: If there is no finished evaluation, or the file cannot be written.
         InputError: If the evaluation is of an earlier version, or a rollout is missing.
     """
-    return write_report(out / "report.html", report_data(out))
-
-
-def report_data(out: Path) -> ReportData:
-    """What a report shows of the evaluation in a folder; errors as in `build_report`."""
     evaluation = Evaluation.read(out)
+    content = evaluation.to_dict()
+    path = out / f"report.{form}"
+    if form == "html":
+        write_report(path, report_data(out, evaluation))
+    elif form == "md":
+        write_page(path, render_markdown(report_data(out, evaluation)))
+    else:
+        comparisons = compare(evaluation.results, baseline=evaluation.baseline) if evaluation.baseline else []
+        label = procedure_from_dict(evaluation.procedure).label
+        content |= {
+            "findings": [asdict(finding) for finding in verdict(evaluation.results, label, comparisons)],
+            "cautions": [*evaluation.warnings, *cautions(evaluation.results)],
+        }
+        write_page(path, json.dumps(content, indent=1, ensure_ascii=False))
+    return path, content
+
+
+def report_data(out: Path, evaluation: Evaluation) -> ReportData:
+    """What a report shows of the evaluation in a folder; errors as in `build_report`."""
     results, procedure = evaluation.results, procedure_from_dict(evaluation.procedure)
     plan = _read(out / "plan.json") if (out / "plan.json").exists() else None
     prompts = [json.loads(line) for line in _lines(out / "prompts" / "evaluation.jsonl")]

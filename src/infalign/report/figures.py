@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from infalign.errors import InputError, StorageError
-from infalign.evaluation.frontier import Frontier
+from infalign.evaluation.frontier import Frontier, FrontierPoint
 from infalign.evaluation.results import MethodResult
 
 Figure = dict[str, Any]
@@ -54,6 +54,22 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
     }
 
 
+def styles_of(results: Sequence[MethodResult]) -> dict[str, Style]:
+    """A style for each result by label, and for each series by its name; the results of one series share theirs."""
+    series = [result.series or result.label for result in results]
+    look = styles(list(dict.fromkeys(series)))
+    return look | {result.label: look[name] for result, name in zip(results, series, strict=True)}
+
+
+def by_series(points: Sequence[FrontierPoint]) -> dict[str, list[FrontierPoint]]:
+    """Points of one series together, by KL."""
+    groups: dict[str, list[FrontierPoint]] = {}
+    for point in sorted(points, key=lambda point: point.kl):
+        groups.setdefault(point.series, []).append(point)
+    order = dict.fromkeys(point.series for point in points)
+    return {name: groups[name] for name in order}
+
+
 def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
     """Win rate against KL: points with errors both ways, and the limit as a curve.
 
@@ -74,23 +90,30 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
                 "hovertemplate": "limit at KL %{x:.3f}: %{y:.1%}<extra></extra>",
             }
         )
-    for point in data.points:
-        style = look[point.label]
+    for series, points in by_series(data.points).items():
+        style = look[series]
         traces.append(
             {
                 "type": "scatter",
-                "mode": "markers",
-                "name": escaped(point.label),
-                "x": [point.kl],
-                "y": [point.win_rate],
-                "error_x": _bars([point.kl], [point.kl_low], [point.kl_high], style.colour),
-                "error_y": _bars([point.win_rate], [point.low], [point.high], style.colour),
+                "mode": "lines+markers" if len(points) > 1 else "markers",
+                "name": escaped(series),
+                "x": [point.kl for point in points],
+                "y": [point.win_rate for point in points],
+                "error_x": error_bars(
+                    [p.kl for p in points], [p.kl_low for p in points], [p.kl_high for p in points], style.colour
+                ),
+                "error_y": error_bars(
+                    [p.win_rate for p in points], [p.low for p in points], [p.high for p in points], style.colour
+                ),
+                "line": {"color": style.colour, "width": 1, "dash": "dot"},
                 "marker": {"color": style.colour, "symbol": style.symbol, "size": 11},
-                "hovertemplate": (
+                "hovertext": [
                     f"<b>{escaped(point.label)}</b><br>{escaped(data.procedure)} win rate {point.win_rate:.1%} "
                     f"({point.low:.1%} to {point.high:.1%})<br>KL {point.kl:.3f} "
-                    f"({point.kl_low:.3f} to {point.kl_high:.3f}) nats<extra></extra>"
-                ),
+                    f"({point.kl_low:.3f} to {point.kl_high:.3f}) nats"
+                    for point in points
+                ],
+                "hoverinfo": "text",
             }
         )
     lows, highs = [0.5, *(point.low for point in data.points)], [*(point.high for point in data.points)]
@@ -104,149 +127,8 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
         },
         height=430,
     )
-    layout["shapes"] = [_half_line()]
-    layout["showlegend"] = len(data.points) <= MOST_IN_LEGEND
-    return {"data": traces, "layout": layout}
-
-
-def win_rate_over_n_figure(
-    results: Sequence[MethodResult], family: str, look: Mapping[str, Style], *, judge: str | None = None
-) -> Figure | None:
-    """Win rate against N for one family of procedures; None if fewer than three N were measured.
-
-    Args:
-        results: Methods.
-        family: "best-of-n" or "worst-of-n"; the standard procedure counts as N = 1.
-        look: Style of each method.
-        judge: Name of a further reward that judges what the procedure chose; None for the reward it chose by.
-    """
-    traces: list[dict[str, Any]] = []
-    sizes: set[int] = set()
-    for result in results:
-        by_n = {
-            entry.n: entry.win_rate if judge is None else entry.judged[judge]
-            for entry in result.procedures
-            if entry.n is not None
-            and entry.spec is not None
-            and entry.spec.get("kind") in ("standard", family)
-            and (judge is None or judge in entry.judged)
-        }
-        order = sorted(by_n)
-        sizes.update(order)
-        wins, style = [by_n[n] for n in order], look[result.label]
-        middle = [win.estimate for win in wins]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escaped(result.label),
-                "x": order,
-                "y": middle,
-                "error_y": _bars(
-                    middle,
-                    [win.estimate if win.low is None else win.low for win in wins],
-                    [win.estimate if win.high is None else win.high for win in wins],
-                    style.colour,
-                ),
-                "line": {"color": style.colour, "width": 2, "dash": style.dash},
-                "marker": {"color": style.colour, "symbol": style.symbol, "size": 8},
-                "hovertemplate": f"<b>{escaped(result.label)}</b><br>N = %{{x}}: %{{y:.1%}}<extra></extra>",
-            }
-        )
-    if len(sizes) < 3:
-        return None
-    ticks = sorted(sizes)
-    name = "Best-of-N" if family == "best-of-n" else "Worst-of-N"
-    layout = base_layout(
-        x={"title": {"text": "N"}, "type": "log", "tickvals": ticks, "ticktext": [str(n) for n in ticks]},
-        y={
-            "title": {"text": f"{name} win rate" if judge is None else "win rate, other reward"},
-            "tickformat": ".0%",
-        },
-        height=360,
-    )
-    layout["shapes"] = [_half_line()]
-    layout["showlegend"] = len(results) <= MOST_IN_LEGEND
-    return {"data": traces, "layout": layout}
-
-
-CURVES = (  # key in a training record, axis title
-    ("kl", "KL, nats"),
-    ("calibrated_reward", "calibrated reward"),
-    ("beta", "β"),
-)
-
-
-def training_figure(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mapping[str, Style], *, kl_target: float | None = None
-) -> Figure | None:
-    """KL, calibrated reward and β over steps: each step faint, a running mean strong. None if nothing was recorded.
-
-    Args:
-        curves: For each method a list of records with "step" and any of "kl", "calibrated_reward", "beta".
-        look: Style of each method.
-        kl_target: KL budget in nats, drawn as a line.
-    """
-    present = [
-        (key, title)
-        for key, title in CURVES
-        if any(finite_number(record.get(key)) is not None for records in curves.values() for record in records)
-    ]
-    if not present:
-        return None
-    layout = base_layout(x={}, y={}, height=150 + 190 * len(present))
-    del layout["xaxis"], layout["yaxis"]
-    traces: list[dict[str, Any]] = []
-    gap, height = 0.08, (1 - 0.08 * (len(present) - 1)) / len(present)
-    for row, (key, title) in enumerate(present):
-        suffix = "" if row == 0 else str(row + 1)
-        top = 1 - row * (height + gap)
-        layout[f"yaxis{suffix}"] = _axis(title={"text": title}, domain=[max(top - height, 0), top], anchor=f"x{suffix}")
-        layout[f"xaxis{suffix}"] = _axis(anchor=f"y{suffix}", showticklabels=row == len(present) - 1)
-        if row:
-            layout[f"xaxis{suffix}"]["matches"] = "x"
-        if row == len(present) - 1:
-            layout[f"xaxis{suffix}"]["title"] = {"text": "training step"}
-        for label, records in curves.items():
-            pairs = [(finite_number(record.get("step")), finite_number(record.get(key))) for record in records]
-            known = [(step, value) for step, value in pairs if step is not None and value is not None]
-            if not known:
-                continue
-            steps, values = [step for step, _ in known], [value for _, value in known]
-            style = look[label]
-            common = {"type": "scatter", "mode": "lines", "xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "x": steps}
-            smooth = _running_mean(values)
-            line = {"color": style.colour, "dash": style.dash}
-            if smooth != values:
-                faint = {"color": style.colour, "width": 1}
-                traces.append(
-                    {**common, "y": values, "line": faint, "opacity": 0.28, "hoverinfo": "skip", "showlegend": False}
-                )
-            traces.append(
-                {
-                    **common,
-                    "y": smooth,
-                    "name": escaped(label),
-                    "legendgroup": escaped(label),
-                    "showlegend": row == 0,
-                    "line": {**line, "width": 2.4},
-                    "hovertemplate": f"<b>{escaped(label)}</b><br>step %{{x}}: %{{y:.4g}}<extra></extra>",
-                }
-            )
-        if key == "kl" and kl_target is not None:
-            layout["shapes"] = [
-                {
-                    "type": "line",
-                    "xref": "paper",
-                    "yref": f"y{suffix}",
-                    "x0": 0,
-                    "x1": 1,
-                    "y0": kl_target,
-                    "y1": kl_target,
-                    "line": {"color": REFERENCE_COLOUR, "dash": "dash", "width": 1.5},
-                    "label": {"text": "budget", "textposition": "start", "font": {"color": REFERENCE_COLOUR}},
-                }
-            ]
+    layout["shapes"] = [half_line()]
+    layout["showlegend"] = len(by_series(data.points)) <= MOST_IN_LEGEND
     return {"data": traces, "layout": layout}
 
 
@@ -293,7 +175,7 @@ def histogram_figure(
         x={"title": {"text": title}}, y={"title": {"text": "density"}, "rangemode": "tozero"}, height=320
     )
     if calibrated:
-        layout["shapes"] = [{**_half_line(), "y0": 1, "y1": 1}]
+        layout["shapes"] = [{**half_line(), "y0": 1, "y1": 1}]
     return {"data": traces, "layout": layout}
 
 
@@ -320,25 +202,27 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
             "matplotlib is not installed", mend="Install it with: pip install 'infalign[report]'"
         ) from error
 
-    look = styles([point.label for point in panels[0].points])
+    look = styles(list(by_series(panels[0].points)))
     figure = Canvas(figsize=(4.6 * len(panels) + 0.4, 4.3), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
         axes.axhline(0.5, color="#b5bac4", linewidth=1, linestyle=(0, (4, 3)))
         if panel.limit_kls:
             axes.plot(panel.limit_kls, panel.limit_win_rates, color=REFERENCE_COLOUR, linewidth=2, label="limit")
-        for point in panel.points:
-            style = look[point.label]
+        for series, points in by_series(panel.points).items():
+            style = look[series]
             axes.errorbar(
-                [point.kl],
-                [point.win_rate],
-                xerr=[[point.kl - point.kl_low], [point.kl_high - point.kl]],
-                yerr=[[point.win_rate - point.low], [point.high - point.win_rate]],
+                [point.kl for point in points],
+                [point.win_rate for point in points],
+                xerr=[[p.kl - p.kl_low for p in points], [p.kl_high - p.kl for p in points]],
+                yerr=[[p.win_rate - p.low for p in points], [p.high - p.win_rate for p in points]],
                 color=style.colour,
                 marker=style.marker,
                 markersize=8,
-                linewidth=1.6,
-                label=point.label.replace("$", r"\$").lstrip("_"),
+                linestyle=":" if len(points) > 1 else "none",
+                linewidth=1,
+                elinewidth=1.6,
+                label=series.replace("$", r"\$").lstrip("_"),
             )
         axes.set_title(panel.procedure.replace("$", r"\$"), fontsize=12)
         axes.set_xlabel("KL(policy ‖ reference), nats")
@@ -372,17 +256,17 @@ def base_layout(*, x: dict[str, Any], y: dict[str, Any], height: int) -> dict[st
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
         "dragmode": False,  # so that a finger on the figure scrolls the page
-        "xaxis": _axis(**x),
-        "yaxis": _axis(**y),
+        "xaxis": axis(**x),
+        "yaxis": axis(**y),
     }
 
 
-def _axis(**options: Any) -> dict[str, Any]:
+def axis(**options: Any) -> dict[str, Any]:
     """An axis with a grid that shows on light and dark."""
     return {"gridcolor": "rgba(127,127,127,0.2)", "zeroline": False, "automargin": True, **options}
 
 
-def _half_line() -> dict[str, Any]:
+def half_line() -> dict[str, Any]:
     """The line at a win rate of one half, where nothing was gained."""
     return {
         "type": "line",
@@ -396,7 +280,7 @@ def _half_line() -> dict[str, Any]:
     }
 
 
-def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> dict[str, Any]:
+def error_bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> dict[str, Any]:
     """Error bars from interval ends."""
     return {
         "type": "data",
@@ -407,15 +291,6 @@ def _bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float], 
         "thickness": 1.6,
         "width": 4,
     }
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a twentieth of the series, shorter at its ends."""
-    half = len(values) // 40
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return list(values) if half == 0 else ((total[high] - total[low]) / (high - low)).tolist()
 
 
 def finite_number(value: Any) -> float | None:

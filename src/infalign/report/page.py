@@ -15,11 +15,51 @@ from typing import Any
 from infalign.errors import InputError, StorageError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.results import MethodResult
-from infalign.report import figures
-from infalign.report.words import cautions, markdown_table, methods_paragraph, nats, percent, verdict
+from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.runs import MatchedDifference
+from infalign.report import curves, figures
+from infalign.report.words import (
+    cautions,
+    markdown_table,
+    methods_paragraph,
+    nats,
+    percent,
+    points,
+    verdict,
+    worse_rows,
+)
 
 __all__ = ["ReportData", "markdown_table", "write_report"]
+
+
+def _standard(result: MethodResult) -> str:
+    """The standard win rate, if it was measured."""
+    found = next((entry.win_rate for entry in result.procedures if entry.procedure == "Standard"), None)
+    return _share(found)
+
+
+def _share(measured: Measured | None) -> str:
+    return "–" if measured is None else percent(measured)
+
+
+def _mean_length(length: float | None) -> str:
+    return "–" if length is None else f"{length:.1f}"
+
+
+def _reasons(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{reason} {share:.0%}" for reason, share in shares.items()) or "–"
+
+
+FILTERS = {
+    "percent": percent,
+    "points": points,
+    "nats": nats,
+    "share": _share,
+    "standard": _standard,
+    "mean_length": _mean_length,
+    "reasons": _reasons,
+}
+"""How numbers are written in templates."""
 
 SAMPLE_CHARACTERS = 3_000_000
 """Text of samples that a page carries; further prompts are left out, and the page says how many."""
@@ -36,13 +76,14 @@ class ReportData:
         baseline: Label of the method to compare the others with, or None.
         headline_procedures: Labels of the table's columns; None for all if there are at most four, else for those with
             the n of `procedure`, and standard sampling.
+        matched: Differences at one KL, from `infalign.evaluation.runs.compare_runs`.
         warnings: What a reader must know before the numbers, in sentences.
         plan: The stored plan: "best" with "kl" and "beta" is used.
         settings: The recipe that was run.
         versions: Package or device name → version.
         samples: Held-out prompts, each {"prompt": str or list of chat messages, "methods": {label: {"candidates":
-            [{"text", "reward", "calibrated_reward", "finish_reason", "chosen"}, ...]}}}. The reference may be among the
-            methods, under `reference`; wins and losses are then against its chosen response.
+            [{"text", "reward", "calibrated_reward", "finish_reason", "chosen", "gold": {name: score}}, ...]}}}. The
+            reference may be among the methods, under `reference`; wins and losses are then against its chosen response.
         curves: For each method the training records: {"step", "kl", "calibrated_reward", "beta"}.
         rewards: For each method, and the reference, {"rewards": [...], "calibrated_rewards": [...]}.
         reference: Name of the reference in `samples` and `rewards`.
@@ -53,6 +94,7 @@ class ReportData:
     title: str = "Inference-aware alignment"
     baseline: str | None = None
     headline_procedures: Sequence[str] | None = None
+    matched: Sequence[MatchedDifference] = ()
     warnings: Sequence[str] = ()
     plan: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -146,7 +188,7 @@ def render_page(template: str, script: str, **content: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, nats=nats)
+    environment.filters.update(FILTERS)
 
     def asset(name: str) -> str:
         return loader.get_source(environment, name)[0]
@@ -167,7 +209,7 @@ def render(data: ReportData) -> str:
     results = list(data.results)
     comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []
     columns = data.columns()
-    look = figures.styles([result.label for result in results])
+    look = figures.styles_of(results)
     samples, left_out = _samples(data)
     return render_page(
         "report.html.j2",
@@ -176,15 +218,16 @@ def render(data: ReportData) -> str:
         results=results,
         columns=columns,
         findings=verdict(results, data.procedure, comparisons),
-        judges=_judges(results),
+        judges=judges_of(results),
         comparisons=[comparison for comparison in comparisons if comparison.procedure in columns],
         look=look,
         strip=_strip_scale(results, columns),
-        cautions=cautions(results),
+        cautions=[*data.warnings, *cautions(results)],
         methods_text=methods_paragraph(results, data.plan),
         figures=_figures(data, results, look),
         samples=samples,
         samples_left_out=left_out,
+        changes=worse_rows(results),
         settings=flat(data.settings),
         plan=flat({key: value for key, value in (data.plan or {}).items() if key in ("best", "procedure")}),
     )
@@ -200,12 +243,13 @@ def _figures(
     for label, figure in frontiers.items():
         found[f"frontier:{label}"] = figure
     for family in ("best-of-n", "worst-of-n"):
-        found[family] = figures.win_rate_over_n_figure(results, family, look)
-        for judge in _judges(results):
-            found[f"{family}:{judge}"] = figures.win_rate_over_n_figure(results, family, look, judge=judge)
+        found[family] = curves.win_rate_over_n_figure(results, family, look)
+        for judge in judges_of(results):
+            found[f"{family}:{judge}"] = curves.win_rate_over_n_figure(results, family, look, judge=judge)
+    found["over-kl"] = curves.over_kl_figure(results, data.procedure, look, judges_of(results))
     target = ((data.plan or {}).get("best") or {}).get("kl")
     known_curves = {label: records for label, records in data.curves.items() if label in look}
-    found["training"] = figures.training_figure(known_curves, look, kl_target=target)
+    found["training"] = curves.training_figure(known_curves, look, kl_target=target)
     for key, place, title in (
         ("rewards", "rewards", f"{results[0].reward}, as scored"),
         ("calibrated_rewards", "calibrated", "calibrated reward"),
@@ -215,7 +259,7 @@ def _figures(
     return {place: figure for place, figure in found.items() if figure is not None}
 
 
-def _judges(results: Sequence[MethodResult]) -> list[str]:
+def judges_of(results: Sequence[MethodResult]) -> list[str]:
     """Names of the further rewards, in order of appearance."""
     return list(dict.fromkeys(name for result in results for entry in result.procedures for name in entry.judged))
 
@@ -249,6 +293,7 @@ def _samples(data: ReportData) -> tuple[list[dict[str, Any]], int]:
                     "text": str(candidate["text"]),
                     "reward": figures.finite_number(candidate.get("reward")),
                     "calibrated": figures.finite_number(candidate.get("calibrated_reward")),
+                    "gold": {name: figures.finite_number(score) for name, score in candidate.get("gold", {}).items()},
                     "finish": str(candidate.get("finish_reason") or ""),
                     "chosen": bool(candidate.get("chosen")),
                 }

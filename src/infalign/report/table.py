@@ -35,14 +35,14 @@ def text_table(
         for label in labels:
             entry = result.of(label)
             limit = "" if entry.limit is None else f" ({100 * entry.limit:.1f})"
-            cells.append(f"{_with_margin(entry.win_rate, 100)}{limit}")
-        rows.append([result.label, _with_margin(result.kl, 1), *cells])
+            cells.append(f"{with_margin(entry.win_rate, 100)}{limit}")
+        rows.append([result.label, with_margin(result.kl, 1), *cells])
     lines = [
         f"Win rate against the reference used the same way, in %, ± {first.confidence:.0%} interval; "
         f"{first.num_prompts} held-out prompts × {first.num_samples} fresh rollouts per model.",
         f"In brackets the theoretical limit at the measured KL. Judge: {judge or first.reward}.",
         "",
-        *_columns([header, *rows]),
+        *columns([header, *rows]),
         "",
         *_judged(results, labels),
         *(comparison["sentence"] for comparison in comparisons if comparison["procedure"] in labels),
@@ -60,12 +60,13 @@ def _judged(results: Sequence[MethodResult], labels: Sequence[str]) -> list[str]
         rows = [["", *labels]]
         for result in results:
             entries = [result.of(label).judged.get(name) for label in labels]
-            rows.append([result.label, *("not scored" if e is None else _with_margin(e, 100) for e in entries)])
-        lines += [f"Judged by {name}, which training never saw:", *_columns(rows), ""]
+            rows.append([result.label, *("not scored" if e is None else with_margin(e, 100) for e in entries)])
+        lines += [f"Judged by {name}, which training never saw:", *columns(rows), ""]
     return lines
 
 
-def _with_margin(measured: Measured, scale: float) -> str:
+def with_margin(measured: Measured, scale: float) -> str:
+    """The estimate with half its interval: in percent at a scale of 100, else with three digits."""
     digits = 1 if scale == 100 else 3
     if measured.low is None or measured.high is None:
         return f"{scale * measured.estimate:.{digits}f} (no interval)"
@@ -73,6 +74,7 @@ def _with_margin(measured: Measured, scale: float) -> str:
     return f"{scale * measured.estimate:.{digits}f} ± {margin:.{digits}f}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines whose cells stand below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -28,6 +28,13 @@ def percent(measured: Measured) -> str:
     return f"{100 * measured.estimate:.1f}% ({100 * measured.low:.1f} to {100 * measured.high:.1f})"
 
 
+def points(measured: Measured) -> str:
+    """A difference of shares with its interval, such as "+1.4 (−0.2 to +3.0)"."""
+    if measured.low is None or measured.high is None:
+        return f"{100 * measured.estimate:+.1f} (no interval)"
+    return f"{100 * measured.estimate:+.1f} ({100 * measured.low:+.1f} to {100 * measured.high:+.1f})"
+
+
 def nats(measured: Measured) -> str:
     """A KL with its interval, such as "0.512 (0.481 to 0.543)"."""
     if measured.low is None or measured.high is None:
@@ -91,12 +98,26 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
     for result in results:
         for entry in result.procedures:
             for name, judged in entry.judged.items():
-                high, low = judged.high, entry.win_rate.low
-                if high is not None and low is not None and high < low:
+                if _below(judged, entry.win_rate):
                     found.append(
                         f"{result.label}, {entry.procedure}: by {name} the win rate is {percent(judged)}, clearly less "
                         f"than by {first.reward}. Part of the gain is particular to {first.reward}."
                     )
+        matched = result.diagnostics.length_matched
+        standard = next((e.win_rate for e in result.procedures if e.procedure == "Standard"), None)
+        if _below(matched, standard):
+            assert matched is not None, "it was compared"
+            assert standard is not None, "it was compared"
+            found.append(
+                f"{result.label}: among responses of about equal length the standard win rate is {percent(matched)}, "
+                f"less than {percent(standard)} over all. Part of the gain is length."
+            )
+        clearly = result.diagnostics.worse.clearly
+        if clearly.low is not None and clearly.low > result.diagnostics.worse.clearly_by_chance:
+            found.append(
+                f"{result.label}: {percent(clearly)} of the prompts got worse beyond their own noise; the mean hides "
+                "them."
+            )
         if result.tie_share > 0.05:
             found.append(
                 f"{result.label}: {result.tie_share:.0%} of the pairs are ties, counted one half. The limit assumes "
@@ -115,6 +136,22 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
                     "reference's. If the reward likes length, part of the win rate may be length."
                 )
     return found
+
+
+def worse_rows(results: Sequence[MethodResult]) -> list[tuple[str, str]]:
+    """One sentence for each method on the prompts that got worse, with what chance alone gives."""
+    return [(result.label, worse_sentence(result)) for result in results]
+
+
+def worse_sentence(result: MethodResult) -> str:
+    """How many prompts got worse, and how many would seem to by chance."""
+    worse = result.diagnostics.worse
+    return (
+        f"{percent(worse.share)} of the prompts have a standard win rate below one half; with {result.num_samples} "
+        f"responses each, {worse.by_chance_alike:.0%} would by chance alone if all prompts had gained alike, and "
+        f"{worse.by_chance_unchanged:.0%} if nothing had changed. Worse beyond their own noise: "
+        f"{percent(worse.clearly)}, where chance gives at most {worse.clearly_by_chance:.1%}."
+    )
 
 
 def methods_paragraph(results: Sequence[MethodResult], plan: Mapping[str, Any] | None) -> str:
@@ -163,23 +200,28 @@ def markdown_table(
         return ""
     labels = list(procedures) if procedures is not None else [entry.procedure for entry in results[0].procedures]
     lines = [
-        "| method | KL, nats | " + " | ".join(_cell(f"{label} win rate") for label in labels) + " |",
+        "| method | KL, nats | " + " | ".join(cell(f"{label} win rate") for label in labels) + " |",
         "|---|---|" + "---|" * len(labels),
     ]
     for result in results:
         cells = [percent(result.of(label).win_rate) for label in labels]
-        lines.append(f"| {_cell(result.label)} | {nats(result.kl)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(result.label)} | {nats(result.kl)} | " + " | ".join(cells) + " |")
     furthest = max(results, key=lambda result: result.kl.estimate)
     limits = [furthest.of(label).limit for label in labels]
     if any(value is not None for value in limits):
         cells = ["" if value is None else f"{100 * value:.1f}%" for value in limits]
         lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
     lines += ["", f"{results[0].num_prompts} prompts; {results[0].confidence:.0%} intervals clustered by prompt."]
-    lines += [f"- {_cell(c.sentence)}" for c in comparisons if c.procedure in labels]
+    lines += [f"- {cell(c.sentence)}" for c in comparisons if c.procedure in labels]
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def _below(low: Measured | None, high: Measured | None) -> bool:
+    """Whether one interval lies wholly below the other."""
+    return low is not None and high is not None and (1 if low.high is None else low.high) < (high.low or 0)
+
+
+def cell(text: str) -> str:
     """Text that neither ends a table cell nor starts markup."""
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, "\\" + mark)

@@ -15,6 +15,7 @@
   const PAGE = 8;
   const score = (candidate) =>
     `reward ${number(candidate.reward, 3)} · calibrated ${number(candidate.calibrated, 2)}` +
+    Object.entries(candidate.gold).map(([name, score]) => ` · ${name} ${number(score, 3)}`).join("") +
     (candidate.finish ? ` · ended: ${candidate.finish}` : "");
   const chosen = (method) => method.candidates.find((candidate) => candidate.chosen) ?? method.candidates[0];
   const colours = {};

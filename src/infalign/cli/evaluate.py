@@ -1,0 +1,224 @@
+"""`infalign evaluate`: the evaluation of a recipe's run, or of any models against a reference."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infalign.cli.console import ConsoleReporter
+from infalign.cli.plan import parse_procedure
+from infalign.cli.run import Json, Set, allow_local_rewards, execute, print_result, silence_libraries
+from infalign.errors import InputError
+
+if TYPE_CHECKING:
+    from infalign.data import PromptSet
+    from infalign.model_evaluation import Candidate
+    from infalign.recipe import Recipe
+
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+_PANEL = "Any models, without a recipe"
+
+
+def evaluate_command(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The experiment: a YAML file; or give --model or --run.")
+    ] = None,
+    set_: Set = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="[NAME=]MODEL", rich_help_panel=_PANEL,
+                     help="A model folder, adapter folder or hub name. Can be repeated."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", rich_help_panel=_PANEL, help="What they are measured against.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option("--reward", rich_help_panel=_PANEL,
+                     help="What procedures choose by: a reward model, or module:function."),
+    ] = None,
+    gold: Annotated[
+        list[str] | None,
+        typer.Option("--gold", metavar="[NAME=]REWARD", rich_help_panel=_PANEL,
+                     help="A further reward that only judges. Can be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", rich_help_panel=_PANEL, help="Held-out prompts: JSONL or Parquet.")
+    ] = None,
+    column: Annotated[str, typer.Option("--column", rich_help_panel=_PANEL, help="Their column.")] = "prompt",
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", rich_help_panel=_PANEL,
+                     help="Evaluate the models of this run; what is not given is taken from it."),
+    ] = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", rich_help_panel=_PANEL, help="With --run: its kept checkpoints too.")
+    ] = False,
+    procedures: Annotated[
+        str | None,
+        typer.Option("--procedures", rich_help_panel=_PANEL,
+                     help="Names with commas between, the one in use first [default: best-of-4,worst-of-4,standard]."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=2, rich_help_panel=_PANEL,
+                                 help="Fresh rollouts of each prompt [default: 32].")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, rich_help_panel=_PANEL,
+                                 help="Cap on a response [default: 128].")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, rich_help_panel=_PANEL, help="Only the first prompts.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", rich_help_panel=_PANEL, help="Seed of the rollouts.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, rich_help_panel=_PANEL, help="Rollouts drawn at a time.")
+    ] = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", rich_help_panel=_PANEL,
+                     help="Use prompts that a model was trained on; the numbers are then marked."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", rich_help_panel=_PANEL, help="Run code that comes with a model.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder [default: runs/NAME, or runs/evaluation].", show_default=False),
+    ] = None,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Measure win rates and KL on held-out prompts with fresh rollouts, with intervals and the theoretical limit."""
+    if recipe is not None:
+        if model or run or reference or reward or gold or prompts:
+            raise InputError(
+                "a recipe says itself what is evaluated", where="evaluate", mend="Give a recipe, or --model, or --run"
+            )
+        execute(recipe, set_, out, only="evaluate", as_json=json_)
+        return
+    if not model and run is None:
+        raise InputError("there is nothing to evaluate", where="evaluate", mend="Give a recipe, or --model, or --run")
+    if set_:
+        raise InputError("--set changes a recipe, and there is none", where="evaluate")
+    if checkpoints and run is None:
+        raise InputError("--checkpoints are those of a run", where="evaluate", mend="Give --run RUN")
+    allow_local_rewards(Path.cwd())
+    chosen = [parse_procedure(name) for name in procedures.split(",")] if procedures else None
+    reporter = ConsoleReporter()
+    reporter.say("Loading libraries …")
+    from infalign.model_evaluation import Job, candidates_of_run, evaluate_models
+    from infalign.report.table import text_table
+
+    silence_libraries()
+    made = None if run is None else _recipe_of(run)
+    candidates = [_candidate(given) for given in model or ()]
+    if run is not None and (checkpoints or not candidates):
+        candidates += candidates_of_run(run, checkpoints=checkpoints)
+    gold_rewards = [_reward_section(given, gold=True) for given in gold or ()]
+    if not gold and made is not None:
+        gold_rewards = list(made.evaluation.gold)
+    from infalign.procedures import BestOfN, Standard, WorstOfN
+    from infalign.run_rewards import open_reward
+
+    if chosen is None:
+        chosen = [BestOfN(4), WorstOfN(4), Standard()]
+        if made is not None:
+            first = made.target_procedure
+            chosen = [first, *(one for one in made.evaluation_procedures if one != first)]
+    job = Job(
+        candidates=candidates,
+        reference=_reference(reference, run, made),
+        prompts=_prompts(prompts, column, run)[:limit],
+        reward=_reward(reward, run, made),
+        procedures=chosen,
+        out=out or Path("runs/evaluation"),
+        gold={one.label: open_reward(one) for one in gold_rewards},
+        num_samples=samples or (32 if made is None else made.evaluation.num_samples),
+        max_new_tokens=max_new_tokens or (128 if made is None else made.rollouts.max_new_tokens),
+        seed=seed,
+        confidence=0.95 if made is None else made.evaluation.confidence,
+        batch_size=batch_size,
+        run=run,
+        allow_overlap=allow_overlap,
+        trust_remote_code=trust_remote_code,
+    )
+    try:
+        evaluation = evaluate_models(job, reporter)
+    except KeyboardInterrupt:
+        reporter.say("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    report = str(job.out / "report.html")
+    text = text_table(evaluation.results, evaluation.comparisons, chosen[0].n, None)
+    text = "\n".join([text, *(f"Note: {warning}" for warning in evaluation.warnings), "", f"Report: {report}"])
+    print_result({"text": text, **evaluation.to_dict(), "report": report}, json_)
+
+
+def _named(given: str) -> tuple[str | None, str]:
+    """`NAME=VALUE` apart; a path may hold an equals sign after a slash."""
+    name, equals, value = given.partition("=")
+    return (name, value) if equals and value and "/" not in name else (None, given)
+
+
+def _candidate(given: str) -> Candidate:
+    from infalign.model_evaluation import Candidate
+
+    name, model = _named(given)
+    path = Path(model)
+    own = path.resolve().parent.name if path.name == "model" and path.is_dir() else path.name
+    return Candidate(name or own, model)
+
+
+def _reward_section(given: str, *, gold: bool = False) -> Any:
+    from pydantic import ValidationError
+
+    from infalign.recipe import GoldReward, Reward
+
+    name, source = _named(given) if gold else (None, given)
+    kind = "function" if _FUNCTION.match(source) and not Path(source).exists() else "model"
+    try:
+        return (
+            GoldReward.model_validate({"name": name, kind: source}) if gold else Reward.model_validate({kind: source})
+        )
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"], where=f"{'--gold' if gold else '--reward'} {given}") from error
+
+
+def _recipe_of(run: Path) -> Recipe:
+    """The recipe that a run was made by."""
+    from infalign.model_evaluation import recipe_of_run
+
+    return recipe_of_run(run)
+
+
+def _reference(given: str | None, run: Path | None, made: Recipe | None) -> str:
+    if given is not None:
+        return given
+    if run is None or made is None:
+        raise InputError("there is no reference", where="evaluate", mend="Give --reference")
+    return made.policy.model or str(run / "models" / "reference")
+
+
+def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
+    from infalign.run_rewards import open_reward
+
+    if given is not None:
+        return open_reward(_reward_section(given))
+    if run is None or made is None:
+        raise InputError("there is no reward", where="evaluate", mend="Give --reward")
+    if len(made.reward) > 1:
+        raise InputError("the run combines several rewards", where=str(run), mend="Give --reward and --gold")
+    return open_reward(made.reward[0], testbed_model=str(run / "models" / "reward"))
+
+
+def _prompts(given: Path | None, column: str, run: Path | None) -> PromptSet:
+    from infalign.data import load_prompts
+    from infalign.model_evaluation import read_prompts
+
+    if given is not None:
+        return load_prompts(given, column)
+    if run is None:
+        raise InputError("there are no prompts", where="evaluate", mend="Give --prompts FILE")
+    return read_prompts(run / "prompts" / "evaluation.jsonl")

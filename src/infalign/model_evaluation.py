@@ -1,0 +1,407 @@
+"""Evaluate any models against a reference: checked first, then drawn, scored and measured, nothing twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from infalign.checks import check_writable
+from infalign.data import Prompt, PromptSet
+from infalign.errors import InputError, StorageError
+from infalign.evaluation.compare import compare_pairs
+from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.record import FILE, Evaluation
+from infalign.evaluation.results import MethodResult
+from infalign.procedures import InferenceProcedure
+from infalign.recipe import Recipe
+from infalign.report.build import build_report
+from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.models import load_policy, load_tokenizer
+from infalign.rollouts.progress import Progress
+from infalign.rollouts.rewards import RewardSource
+from infalign.rollouts.sample import sample
+from infalign.rollouts.score import score_store
+from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.tokens import excerpt, prompt_token_ids
+from infalign.run_folder import RECIPE, write_json, write_text
+from infalign.stages import versions
+
+
+class Reporter(Protocol):
+    """Tells the user what is going on."""
+
+    def stage(self, title: str) -> AbstractContextManager[Progress]:
+        """A stage in progress."""
+        ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate.
+
+    Attributes:
+        label: Its name in tables.
+        model: Folder (full weights or adapter) or hub name.
+        series: What the candidates of one curve share, such as the checkpoints of one training.
+        step: Training step, of a checkpoint.
+    """
+
+    label: str
+    model: str
+    series: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate, on what, and how.
+
+    Attributes:
+        candidates: The models.
+        reference: What they are measured against: folder or hub name.
+        prompts: Held-out prompts.
+        reward: The reward that procedures choose by.
+        procedures: Procedures, each with n at most `num_samples`; the first is the one in use.
+        out: Folder of the evaluation.
+        gold: Further rewards that judge, by name.
+        num_samples: Fresh rollouts of each prompt, from every model.
+        max_new_tokens: Cap on a response.
+        seed: Seed of the reference's rollouts; each model's own follows from it and from its weights.
+        confidence: Level of every interval.
+        batch_size: Rollouts drawn at the same time.
+        run: Folder of a run whose rollouts serve where they fit.
+        allow_overlap: Evaluate on prompts that a model was trained on; the report then says so.
+        trust_remote_code: Run Python code that comes with a model.
+        allow_pickle: Also accept weights that are not safetensors.
+    """
+
+    candidates: Sequence[Candidate]
+    reference: str
+    prompts: PromptSet
+    reward: RewardSource
+    procedures: Sequence[InferenceProcedure]
+    out: Path
+    gold: Mapping[str, RewardSource] = field(default_factory=dict)
+    num_samples: int = 32
+    max_new_tokens: int = 128
+    seed: int = 0
+    confidence: float = 0.95
+    batch_size: int | None = None
+    run: Path | None = None
+    allow_overlap: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def evaluate_models(job: Job, reporter: Reporter) -> Evaluation:
+    """Draw, score and measure; writes `evaluation.json` and `report.html`. Called again, it goes on where it stopped.
+
+    Args:
+        job: What to do.
+        reporter: Told what is going on.
+
+    Raises:
+        InputError: If a check fails; nothing was computed then.
+        StorageError: If the folder cannot be written.
+    """
+    warnings = check_job(job)
+    return _Evaluator(job, reporter).run(warnings)
+
+
+def check_job(job: Job) -> list[str]:
+    """Refuse what could only fail later, or would give numbers that mean something else than they seem.
+
+    Returns:
+        What a reader must know before the numbers.
+
+    Raises:
+        InputError: If there are too few samples for a procedure, labels repeat, a gold reward is the reward itself,
+            tokenizers differ, or prompts were trained on.
+        StorageError: If the folder cannot be written.
+    """
+    check_writable(job.out)
+    labels = [candidate.label for candidate in job.candidates]
+    for label in labels:
+        if labels.count(label) > 1 or label == "reference":
+            raise InputError(
+                f"two models would be called {label}",
+                where="--model",
+                mend="Write --model NAME=FOLDER to tell them apart",
+            )
+    for procedure in job.procedures:
+        if procedure.n is None or procedure.n > job.num_samples:
+            raise InputError(
+                f"{procedure.label} needs {procedure.n or 'infinitely many'} samples of each prompt, and "
+                f"there are to be {job.num_samples}",
+                where="--samples",
+                mend="Draw more, or leave the procedure out",
+            )
+    for name, source in job.gold.items():
+        if source.key == job.reward.key:
+            raise InputError("this is the reward itself", where=f"--gold {name}", mend="Give another judge")
+    _check_tokenizers(job)
+    return _check_overlap(job)
+
+
+def _check_tokenizers(job: Job) -> None:
+    """The KL compares probabilities of the same tokens after the same prompts."""
+    reference = load_tokenizer(job.reference, trust_remote_code=job.trust_remote_code)
+    wanted = prompt_token_ids(reference, job.prompts)
+    for candidate in job.candidates:
+        tokenizer = load_tokenizer(candidate.model, trust_remote_code=job.trust_remote_code)
+        if tokenizer.get_vocab() != reference.get_vocab():
+            different = "their vocabularies differ"
+        elif tokenizer.eos_token_id != reference.eos_token_id:
+            different = f"one ends responses with {tokenizer.eos_token!r}, the other with {reference.eos_token!r}"
+        elif prompt_token_ids(tokenizer, job.prompts) != wanted:
+            different = "they write the same prompt in different tokens; perhaps their chat templates differ"
+        else:
+            continue
+        raise InputError(
+            f"{candidate.label} and the reference have different tokenizers ({different}), so there is no KL "
+            "between them",
+            where="--reference",
+            mend="Give the model that this one was trained from",
+        )
+
+
+def _check_overlap(job: Job) -> list[str]:
+    """Prompts that a model has seen in training flatter it."""
+    warnings: list[str] = []
+    ids = job.prompts.ids
+    unknown: list[str] = []
+    runs: dict[Path, list[str]] = {}
+    for candidate in job.candidates:
+        run = run_of(candidate.model) or job.run
+        if run is None:
+            unknown.append(candidate.label)
+        else:
+            runs.setdefault(run, []).append(candidate.label)
+    for run, labels in runs.items():
+        seen = {prompt.id for prompt in read_prompts(run / "prompts" / "train.jsonl")}
+        overlap = [prompt for prompt in job.prompts if prompt.id in seen]
+        if overlap:
+            who = ", ".join(labels)
+            told = f"{len(overlap)} of {len(ids)} prompts were calibrated or trained on by {who}"
+            if not job.allow_overlap:
+                raise InputError(
+                    f"{told}, the first is {excerpt(overlap[0].prompt)}",
+                    where="--prompts",
+                    mend="Give held-out prompts, or --allow-overlap for numbers that are marked as such",
+                )
+            warnings.append(f"{told}: the numbers flatter them.")
+    if unknown:
+        warnings.append(
+            f"It is not known which prompts {', '.join(unknown)} was trained on; make sure that none of these is among "
+            "them."
+        )
+    return warnings
+
+
+class _Evaluator:
+    """One job at work."""
+
+    def __init__(self, job: Job, reporter: Reporter) -> None:
+        self.job = job
+        self.reporter = reporter
+        self._used: set[Path] = set()
+
+    def run(self, warnings: list[str]) -> Evaluation:
+        """All of it."""
+        job = self.job
+        lines = [json.dumps({"id": p.id, "prompt": p.prompt, "row": p.row}, default=str) for p in job.prompts]
+        write_text(job.out / "prompts" / "evaluation.jsonl", "\n".join(lines) + "\n")
+        reference = self._draw("reference", job.reference, job.seed)
+        results: list[MethodResult] = []
+        stores = {"reference": reference}
+        for candidate in job.candidates:
+            store = stores[candidate.label] = self._draw(candidate.label, candidate.model, None)
+            results.append(self._measure(candidate, store, reference))
+        first, *others = results
+        evaluation = Evaluation(
+            name=job.out.resolve().name,
+            procedure=job.procedures[0].to_dict(),
+            kl_budget=None,
+            reference=reference.key.model,
+            reward=job.reward.key,
+            gold={name: source.key for name, source in job.gold.items()},
+            max_new_tokens=job.max_new_tokens,
+            stores={label: os.path.relpath(store.path, job.out) for label, store in stores.items()},
+            results=results,
+            comparisons=[one.to_dict() for one in compare_pairs([(other, first) for other in others])],
+            baseline=first.label if others else None,
+            warnings=warnings,
+            settings=self._settings(),
+            versions=versions(),
+        )
+        write_json(job.out / FILE, evaluation.to_dict())
+        with self.reporter.stage("Write the report"):
+            build_report(job.out)
+        return evaluation
+
+    def _draw(self, label: str, model: str, seed: int | None) -> RolloutStore:
+        """Scored rollouts of one model: those of the run where they fit, else drawn as far as they are missing."""
+        job = self.job
+        tokenizer = load_tokenizer(model, trust_remote_code=job.trust_remote_code)
+        key = RolloutKey.of(model, tokenizer, max_new_tokens=job.max_new_tokens, seed=0)
+        # A seed of its own, whatever the order in which models are named: their rollouts are independent.
+        drawn = hashlib.sha256(key.model.encode()).digest()
+        own = job.seed + 1 + int.from_bytes(drawn[:3], "big")
+        key = RolloutKey(**{**key.to_dict(), "seed": own if seed is None else seed})
+        store = self._of_the_run(key)
+        if store is None:
+            digest = hashlib.sha256(json.dumps(key.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+            name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{digest}"
+            store = RolloutStore.open(job.out / "rollouts" / name, key)
+            if self._missing(store):
+                with self.reporter.stage(f"Fresh rollouts ({label})") as progress:
+                    policy, tokenizer = self._load(model)
+                    sample(
+                        *(policy, tokenizer, job.prompts, job.num_samples),
+                        store=store,
+                        batch_size=job.batch_size,
+                        progress=progress,
+                    )
+        self._used.add(store.path)
+        for name, source in {"reward": job.reward, **job.gold}.items():
+            with self.reporter.stage(f"Score {label} ({name})") as progress:
+                score_store(store, source, job.prompts, progress=progress, retry_unscored=True)
+        return store
+
+    def _of_the_run(self, key: RolloutKey) -> RolloutStore | None:
+        """A store of the run that holds what this key would draw, but for the seed."""
+        if self.job.run is None:
+            return None
+        for folder in sorted((self.job.run / "rollouts").glob("evaluation-*")):
+            store = RolloutStore.open(folder)
+            alike = {**store.key.to_dict(), "seed": 0} == {**key.to_dict(), "seed": 0}
+            # The rollouts that combine several rewards must not judge as well.
+            judged = folder.name != "evaluation-calibration"
+            if alike and judged and store.path not in self._used and not self._missing(store):
+                return store
+        return None
+
+    def _missing(self, store: RolloutStore) -> bool:
+        wanted, present = set(range(self.job.num_samples)), store.present()
+        return any(not wanted <= present.get(prompt_id, set()) for prompt_id in self.job.prompts.ids)
+
+    def _measure(self, candidate: Candidate, store: RolloutStore, reference: RolloutStore) -> MethodResult:
+        job = self.job
+
+        def load() -> tuple[Any, Any, Any]:
+            policy, tokenizer = self._load(candidate.model)
+            return policy, self._load(job.reference)[0], tokenizer
+
+        with self.reporter.stage(f"Measure {candidate.label}") as progress:
+            kls_PG = exact_kls(store, job.prompts, job.num_samples, reference.key.model, load, progress)
+            return measure_store(
+                *(candidate.label, store, reference, kls_PG, job.prompts, job.procedures),
+                reward_key=job.reward.key,
+                reward=str(job.reward),
+                gold={name: source.key for name, source in job.gold.items()},
+                confidence=job.confidence,
+                series=candidate.series,
+                step=candidate.step,
+            )
+
+    def _load(self, model: str) -> Any:
+        job = self.job
+        return load_policy(model, trust_remote_code=job.trust_remote_code, allow_pickle=job.allow_pickle)
+
+    def _settings(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "models": {candidate.label: candidate.model for candidate in job.candidates},
+            "reference": job.reference,
+            "reward": str(job.reward),
+            "gold": {name: str(source) for name, source in job.gold.items()},
+            "prompts": len(job.prompts),
+            "samples": job.num_samples,
+            "max_new_tokens": job.max_new_tokens,
+            "seed": job.seed,
+            "confidence": job.confidence,
+        }
+
+
+def recipe_of_run(run: Path) -> Recipe:
+    """The recipe that a run was made with.
+
+    Raises:
+        StorageError: If there is none.
+        InputError: If it is of another version.
+    """
+    path = run / RECIPE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"the run's recipe cannot be read ({error})",
+            where=str(path),
+            mend="Do `infalign calibrate` with its recipe; what is done already is kept",
+        ) from error
+    try:
+        return Recipe.model_validate(content)
+    except ValueError as error:
+        raise InputError(
+            f"the run's recipe is of another version ({error})", where=str(path), mend="Make the run again"
+        ) from error
+
+
+def run_of(model: str) -> Path | None:
+    """The run folder that a model lies in, if it does."""
+    path = Path(model).resolve()
+    return next((parent for parent in path.parents if (parent / "run.json").is_file()), None)
+
+
+def read_prompts(path: Path) -> PromptSet:
+    """The prompts that a run wrote down.
+
+    Raises:
+        StorageError: If they cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise StorageError(
+            f"the run's prompts cannot be read ({error.strerror})", where=str(path), mend="Is this a run folder?"
+        ) from error
+    rows = [json.loads(line) for line in lines if line]
+    return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+
+
+def candidates_of_run(run: Path, *, checkpoints: bool) -> list[Candidate]:
+    """The aligned models of a run, and their kept checkpoints.
+
+    Args:
+        run: The run folder.
+        checkpoints: Whether to give checkpoints too, each before the model it led to.
+
+    Raises:
+        InputError: If there is no model, or no checkpoint where they are asked for.
+    """
+    found: list[Candidate] = []
+    kept = 0
+    for folder in sorted((run / "policies").glob("*")):
+        name = folder.name
+        if checkpoints:
+            steps = {int(path.name.rpartition("-")[2]): path for path in (folder / "checkpoints").glob("checkpoint-*")}
+            kept += len(steps)
+            found += [Candidate(f"{name} step {step}", str(steps[step]), name, step) for step in sorted(steps)]
+        if (folder / "model").is_dir():
+            found.append(Candidate(name, str(folder / "model"), name if checkpoints else None))
+    if checkpoints and not kept:
+        raise InputError(
+            "no checkpoint of this run is kept",
+            where=str(run),
+            mend="A training removes them when it ends, unless the recipe says training.keep_checkpoints: true",
+        )
+    if not found:
+        raise InputError("there is no aligned model in this run", where=str(run), mend="Train first: `infalign train`")
+    return found

@@ -1,0 +1,61 @@
+"""The report as Markdown: the same findings as the page, without figures and samples."""
+
+from __future__ import annotations
+
+from infalign.evaluation.compare import compare
+from infalign.report.page import ReportData, judges_of
+from infalign.report.words import (
+    cautions,
+    cell,
+    markdown_table,
+    methods_paragraph,
+    percent,
+    verdict,
+    worse_rows,
+)
+
+
+def render_markdown(data: ReportData) -> str:
+    """The report as text.
+
+    Args:
+        data: What it shows.
+    """
+    results = list(data.results)
+    comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []
+    lines = [f"# {cell(data.title)}", ""]
+    lines += [f"- **Note**: {cell(text)}" for text in data.warnings]
+    for finding in verdict(results, data.procedure, comparisons):
+        lines.append(f"- **{'resolved' if finding.resolved else 'not resolved'}**: {cell(finding.sentence)}")
+    lines += ["", "## Numbers", "", markdown_table(results)]
+    judges = judges_of(results)
+    if judges:
+        first = results[0].reward
+        lines += [f"## Judged by other rewards (procedures choose by {cell(first)})", ""]
+        head = ["method", "procedure", first, *judges]
+        lines += ["| " + " | ".join(cell(text) for text in head) + " |", "|" + "---|" * len(head)]
+        for result in results:
+            for entry in result.procedures:
+                judged = [percent(entry.judged[name]) if name in entry.judged else "not scored" for name in judges]
+                row = [result.label, entry.procedure, percent(entry.win_rate), *judged]
+                lines.append("| " + " | ".join(cell(text) for text in row) + " |")
+        lines.append("")
+    lines += ["## What the mean may hide", ""]
+    head = ["method", "at equal length", "mean length", "distinct word pairs", "overlap", "ended"]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for result in results:
+        found = result.diagnostics
+        ended = ", ".join(f"{reason} {share:.0%}" for reason, share in found.finish_reasons.items())
+        numbers = [
+            "–" if one is None else percent(one)
+            for one in (found.length_matched, found.distinct, found.self_similarity)
+        ]
+        length = "–" if result.mean_length is None else f"{result.mean_length:.1f}"
+        row = [cell(result.label), numbers[0], length, *numbers[1:], cell(ended)]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", *(f"- {cell(label)}: {text}" for label, text in worse_rows(results)), ""]
+    lines += ["## What not to conclude", "", *(f"- {cell(text)}" for text in cautions(results)), ""]
+    lines += ["## Methods", "", cell(methods_paragraph(results, data.plan)), ""]
+    if data.versions:
+        lines += ["Versions: " + ", ".join(f"{cell(name)} {cell(text)}" for name, text in data.versions.items()), ""]
+    return "\n".join(lines)
