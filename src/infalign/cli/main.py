@@ -13,8 +13,8 @@ from rich.console import Console
 import infalign
 from infalign import processes
 from infalign.cli.audit import audit_command
-from infalign.cli.decode import decode_command
 from infalign.cli.compare import compare_command
+from infalign.cli.decode import decode_command
 from infalign.cli.evaluate import evaluate_command
 from infalign.cli.plan import plan_command
 from infalign.cli.quickstart import quickstart_command
