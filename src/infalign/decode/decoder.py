@@ -71,8 +71,8 @@ class Decoded:
 
 
 @dataclass
-class _Task:
-    """One prompt under way."""
+class Task:
+    """One prompt under way; for decoders built on this one."""
 
     prompt: Prompt
     stream: str
@@ -198,7 +198,7 @@ class Decoder:
         report = progress or no_progress
         answers: dict[int, Decoded | InfalignError] = {}
         seen: Counter[str] = Counter()
-        tasks: dict[int, _Task] = {}
+        tasks: dict[int, Task] = {}
         for at, given in enumerate(prompts):
             prompt = given if isinstance(given, Prompt) else Prompt(given)
             tasks[at] = self._begin(prompt, f"{prompt.id}/{seen[prompt.id]}/{call}")
@@ -247,7 +247,7 @@ class Decoder:
                 f"stop_reward is for Best-of-N: the first good response does not decide {part.label}", where="Decoder"
             )
 
-    def _begin(self, prompt: Prompt, stream: str) -> _Task:
+    def _begin(self, prompt: Prompt, stream: str) -> Task:
         digest = hashlib.blake2b(f"{self.seed}\0{stream}\0choice".encode(), digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
         components = self.procedure.components
@@ -258,9 +258,9 @@ class Decoder:
             blocks = list(part.block_sizes)
         elif self.stop_reward is not None:
             blocks = list(EarlyStopping(n, 1.0, min(self.block, n)).block_sizes)
-        return _Task(prompt, stream, rng, part, n, blocks)
+        return Task(prompt, stream, rng, part, n, blocks)
 
-    def _round(self, tasks: dict[int, _Task], names: Sequence[str]) -> dict[int, Decoded | InfalignError]:
+    def _round(self, tasks: dict[int, Task], names: Sequence[str]) -> dict[int, Decoded | InfalignError]:
         """Draw and score one block for every task; returns those that are decided by it."""
         requests: list[Request] = []
         for task in tasks.values():
@@ -292,7 +292,7 @@ class Decoder:
                 decided[at] = Decoded(task.prompt, chosen, tuple(task.candidates), task.num_tokens, 0.0, task.procedure)
         return decided
 
-    def _choose(self, task: _Task) -> Candidate | None:
+    def _choose(self, task: Task) -> Candidate | None:
         """The candidate that the procedure picks; None while it wants more of them."""
         part, candidates = task.procedure, task.candidates
         if task.n == 1:
@@ -325,7 +325,7 @@ class Decoder:
         )
 
     def _score(
-        self, new: dict[int, tuple[_Task, list[Candidate]]], names: Sequence[str]
+        self, new: dict[int, tuple[Task, list[Candidate]]], names: Sequence[str]
     ) -> dict[int, list[Candidate] | InfalignError]:
         """The candidates with their rewards. Where scoring all at once fails, each prompt is tried by itself."""
         if self.reward is None or not new:

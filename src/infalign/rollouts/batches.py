@@ -88,7 +88,7 @@ def draw_all(
         key: Seed, length, temperature and top_p.
         batch_size: Rollouts drawn at the same time; by default as many as fit.
     """
-    rows = batch_size or _rows_in_memory(
+    rows = batch_size or rows_in_memory(
         model, max((len(one.tokens) for one in missing), default=1) + key.max_new_tokens
     )
     pending = deque(missing)
@@ -106,7 +106,7 @@ def draw_all(
         yield new
 
 
-def _rows_in_memory(model: PreTrainedModel, longest: int) -> int:
+def rows_in_memory(model: PreTrainedModel, longest: int) -> int:
     """How many rollouts fit in the free memory: their keys and values, and the logits of one token."""
     if model.device.type != "cuda":
         return ROWS_ON_CPU
