@@ -150,6 +150,15 @@ def test_an_endpoint_and_stopping_at_a_reward(job, capsys, monkeypatch):
         assert last >= 0.5 or len(before) == 7
 
 
+def test_rejecting_candidates_part_way(job, capsys, monkeypatch):
+    code, out, err = infalign(capsys, monkeypatch, "Hello", *LOCAL, "--prune-every", 2, "--json")
+    assert code == 0, err
+    (answer,) = json.loads(out)["answers"]
+    reasons = [one["finish_reason"] for one in answer["candidates"]]
+    assert "rejected" in reasons
+    assert reasons[answer["chosen"]] != "rejected"
+
+
 RECIPE = """
 name: demo
 policy: {model: model}
@@ -213,6 +222,8 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
         (("Hi", *LOCAL, "--stop-at", 0.9), "there is no calibration"),
         (("Hi", *LOCAL, "--stop-at", 1.5), "stop_at = 1.5"),
         (("Hi", *LOCAL, "--procedure", "worst-of-n", "--stop-at", 0.9), "for Best-of-N"),
+        (("Hi", *LOCAL, "--prune-every", 2, "--prune-keep", 0), "keep is 0"),
+        (("Hi", *LOCAL, "--prune-every", 2, "--procedure", "worst-of-n"), "only Best-of-N"),
         (("Hi", *LOCAL, "--calibration", "absent"), "no calibrated run"),
         (("Hi", *LOCAL, "--temperature", 0), "temperature"),
         (("Hi", *LOCAL, "--chat"), "no chat template"),

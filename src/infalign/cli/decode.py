@@ -65,6 +65,13 @@ def decode_command(
         typer.Option("--stop-reward", help="… or this reward: at the greatest there is, nothing is lost."),
     ] = None,
     block: Annotated[int, typer.Option("--block", min=1, help="Candidates drawn together until it stops.")] = 1,
+    prune_every: Annotated[
+        int | None,
+        typer.Option("--prune-every", min=1, help="Best-of-N, --model: look at beginnings every so many tokens …"),
+    ] = None,
+    prune_keep: Annotated[
+        float, typer.Option("--prune-keep", help="… and go on with this upper share of them: a heuristic.")
+    ] = 0.5,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write answers as JSONL; the same command goes on from there.")
     ] = None,
@@ -112,16 +119,20 @@ def decode_command(
     found = None if calibration is None else open_calibration(calibration, source)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     sampler, identity = _sampler(model, endpoint, model_name, api_key_variable, concurrency, settings, weights)
-    decoder = Decoder(
-        sampler,
-        source if found is None else found.reward,
-        chosen,
-        calibrator=None if found is None else found.calibrator,
-        prompt_ids=None if found is None else found.prompt_ids,
-        stop_reward=stop_reward,
-        block=block,
-        seed=seed,
-    )
+    ranked_by = source if found is None else found.reward
+    decoding: dict[str, Any] = {
+        "calibrator": None if found is None else found.calibrator,
+        "prompt_ids": None if found is None else found.prompt_ids,
+        "stop_reward": stop_reward,
+        "block": block,
+        "seed": seed,
+    }
+    if prune_every is None:
+        decoder = Decoder(sampler, ranked_by, chosen, **decoding)
+    else:
+        from infalign.decode.pruning import Pruning, PruningDecoder
+
+        decoder = PruningDecoder(sampler, ranked_by, chosen, Pruning(prune_every, prune_keep), **decoding)
     made_by = {
         "model": identity,
         **settings,
@@ -131,6 +142,7 @@ def decode_command(
         "procedure": chosen.to_dict(),
         "stop_reward": stop_reward,
         "block": block if stop_reward is not None else None,
+        "prune": None if prune_every is None else [prune_every, prune_keep],
     }
     at_once = batch or (4 * concurrency if endpoint is not None else max(1, _ROWS_AT_ONCE // (chosen.n or 1)))
     file = None if out is None else AnswerFile(out, made_by)

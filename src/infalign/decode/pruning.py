@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from infalign.decode.candidates import CandidateSampler
 from infalign.decode.decoder import Candidate, Decoded, Decoder, Task
 from infalign.decode.local import Beginning, LocalSampler
 from infalign.errors import InfalignError, InputError, RewardError
-from infalign.procedures import BestOfN, whole_number
+from infalign.procedures import BestOfN, InferenceProcedure, whole_number
 from infalign.rollouts.rewards import RewardSource
 
 REJECTED = "rejected"
@@ -62,7 +63,12 @@ class PruningDecoder(Decoder):
     """
 
     def __init__(
-        self, sampler: LocalSampler, reward: RewardSource, procedure: BestOfN, pruning: Pruning, **settings: Any
+        self,
+        sampler: CandidateSampler,
+        reward: RewardSource | None,
+        procedure: InferenceProcedure,
+        pruning: Pruning,
+        **settings: Any,
     ) -> None:
         if not isinstance(procedure, BestOfN):
             raise InputError(
