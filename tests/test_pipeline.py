@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from huggingface_hub import ModelCard
 
 from infalign.calibration import RewardCalibrator
 from infalign.errors import MismatchError, RewardError, StorageError
@@ -119,6 +120,10 @@ def test_it_leaves_models_results_and_a_report(finished):
     for name in ("optimal", "identity"):
         assert (out / "policies" / name / "model" / "model.safetensors").exists()
         assert (out / "policies" / name / "model" / "tokenizer.json").exists()
+        card = ModelCard.load(out / "policies" / name / "model" / "README.md")
+        assert "infalign" in card.data.tags
+        assert "4 fresh responses each" in card.text, "written again when it was measured"
+        assert str(out.parent) not in card.content
     assert "<html" in (out / "report.html").read_text()
     (optimal, identity) = result["results"]
     assert [optimal["label"], identity["label"]] == ["optimal", "identity"]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from infalign import processes
 from infalign.calibration import RewardCalibrator
 from infalign.calibration_report import calibration_report
 from infalign.checks import plan_transforms
@@ -18,7 +19,9 @@ from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
 from infalign.evaluation.record import FILE, Evaluation
+from infalign.evaluation.results import MethodResult
 from infalign.inputs import split_prompts, testbed_text
+from infalign.model_card import CardFacts, write_model_card
 from infalign.recipe import GoldReward, Recipe, RolloutEndpoint
 from infalign.report.build import build_report
 from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
@@ -34,6 +37,7 @@ from infalign.run_rewards import RunRewards, open_reward, scored_by_all
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.plan import optimum_at_kl
+from infalign.training.landing import Landing
 from infalign.training.online import align
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -208,6 +212,41 @@ class Stages:
             progress=progress,
             **recipe.training.model_dump(),
         )
+        if processes.is_main():
+            self._write_card(planned, None)
+
+    def _write_card(self, planned: PlannedTransform, result: MethodResult | None) -> None:
+        """The model card of an aligned policy, with what was measured if that is known."""
+        recipe, calibration = self.recipe, self.read_json("calibration/summary.json")
+        trained = self.read_json(f"policies/{planned.name}/result.json")
+        folder = self.policy_folder(planned.name)
+        landing = trained["landing"]
+        facts = CardFacts(
+            name=recipe.name,
+            base=self.reference,
+            procedure=recipe.target_procedure.label,
+            transform=planned.name,
+            beta=trained["beta"],
+            planned_kl=self.read_json("plan.json")["kl"],
+            kl_budget=recipe.kl_budget,
+            landing=None if landing is None else Landing(**landing),
+            steps=recipe.training.steps,
+            rollouts_per_step=recipe.training.prompts_per_step * recipe.training.num_generations,
+            max_new_tokens=recipe.rollouts.max_new_tokens,
+            adapter=(folder / "adapter_config.json").exists(),
+            rewards=tuple(one.function or one.name or one.model or "reward of the testbed" for one in recipe.reward),
+            reward_key=self.rewards.source().key,
+            num_ref=calibration["num_ref"],
+            ties=recipe.calibration.ties,
+            tie_mass=calibration["tie_mass"],
+            prompts=recipe.prompts.source or "prompts of the testbed",
+            num_train=len(self.prompts("train")),
+            num_evaluation=len(self.prompts("evaluation")),
+            seed=recipe.seed,
+            versions={name: version for name, version in versions().items() if name != "platform"},
+            result=result,
+        )
+        write_model_card(folder, facts)
 
     # --- evaluation ---
 
@@ -286,6 +325,8 @@ class Stages:
             versions=versions(),
         )
         write_json(self.out / FILE, evaluation.to_dict())
+        for planned, result in zip(self.planned(), results, strict=True):
+            self._write_card(planned, result)
 
     def write_report(self, progress: Progress) -> None:
         """The HTML report."""
