@@ -102,6 +102,34 @@ class TestMeasure:
         assert result.of("Best-of-4").judged["gold"].high < 0.5
         assert MethodResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
+    def test_curves_over_n_are_the_win_rates_of_every_n(self):
+        rng = np.random.default_rng(3)
+        ours, theirs, gold, ref_gold = rng.normal(size=(4, 20, 6))
+        result = measure("a", ours, theirs, np.ones((20, 6)), PROCEDURES, judges={"gold": (gold, ref_gold)})
+        for family, make in (("best-of-n", BestOfN), ("worst-of-n", WorstOfN)):
+            curve = result.over_n[family]
+            assert curve.n == [1, 2, 3, 4, 5, 6]
+            assert curve.win_rate.estimate[3] == result.of(make(4).label).win_rate.estimate
+            assert curve.win_rate.low[3] == result.of(make(4).label).win_rate.low
+            assert curve.judged["gold"].estimate[3] == result.of(make(4).label).judged["gold"].estimate
+            assert curve.win_rate.estimate[0] == pytest.approx(result.of("Standard").win_rate.estimate)
+
+    def test_swapping_the_models_mirrors_every_win_rate(self):
+        rng = np.random.default_rng(5)
+        a, b = rng.integers(0, 6, size=(2, 40, 8)).astype(float)
+        there = measure("a", a, b, np.ones((40, 8)), PROCEDURES)
+        back = measure("b", b, a, np.ones((40, 8)), PROCEDURES)
+        for ours, theirs in zip(there.procedures, back.procedures, strict=True):
+            assert ours.win_rate.estimate == pytest.approx(1 - theirs.win_rate.estimate, abs=1e-12)
+            assert ours.win_rate.low == pytest.approx(1 - theirs.win_rate.high, abs=1e-12)
+
+    def test_a_missing_judge_score_is_refused(self):
+        scores = np.zeros((3, 4))
+        broken = scores.copy()
+        broken[1, 2] = np.nan
+        with pytest.raises(InputError, match=r"a: gold: 1 of 12 values are NaN \(first: prompt 1, sample 2"):
+            measure("a", scores, scores, scores, [Standard()], judges={"gold": (broken, scores)})
+
     def test_one_prompt_is_stored_without_claims(self):
         result = gaussian_method("a", 0.5, num_prompts=1)
         assert result.kl.standard_error is None

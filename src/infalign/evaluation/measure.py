@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from infalign.errors import InputError
-from infalign.estimators import Estimate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
+from infalign.estimators import Estimate, WinRate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
 from infalign.evaluation.diagnostics import diagnose
 from infalign.evaluation.results import Band, Measured, MethodResult, OverN, ProcedureResult, known
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
@@ -80,10 +80,12 @@ def measure(
             )
     if prompt_ids is not None and len(prompt_ids) != len(rewards_PG):
         raise InputError(f"{len(prompt_ids)} names for {len(rewards_PG)} prompts", where=f"{label}: prompt_ids")
-    judged = {
-        name: win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=scores, confidence=confidence)
-        for name, scores in (judges or {}).items()
-    }
+    judged: dict[str, list[WinRate]] = {}
+    for name, scores in (judges or {}).items():
+        try:
+            judged[name] = win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=scores, confidence=confidence)
+        except InputError as error:
+            raise InputError(error.what, where=f"{label}: {name}", mend=error.mend) from error
     kl = sequence_kl(log_ratios_PG, confidence=confidence)
     useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
     # A ratio to a KL that may be zero says nothing.

@@ -32,11 +32,12 @@ def win_rate_over_n_figure(
     Args:
         results: Methods.
         family: "best-of-n" or "worst-of-n".
-        look: Style of each method.
+        look: Style of each method. Of a series only the result with the largest KL is drawn.
         judge: Name of a further reward, drawn dashed beside the one that procedures choose by; None for that one alone.
     """
     traces: list[dict[str, Any]] = []
     sizes: set[int] = set()
+    results = furthest(results)
     for result in results:
         curve = result.over_n[family]
         sizes.update(curve.n)
@@ -49,7 +50,9 @@ def win_rate_over_n_figure(
             label = result.label if judge is None else f"{result.label}, by {name}"
             if len(results) <= MOST_WITH_BANDS:
                 traces.append(_shade(curve.n, band, look[result.label].colour))
-            traces.append(_line(curve.n, band, label, look[result.label], dash if judge else None))
+            line = _line(curve.n, band, label, look[result.label], dash if judge else None)
+            # Solid and dashed are told apart below the figure; the legend names methods.
+            traces.append({**line, "name": escaped(result.label), "showlegend": dash == "solid"})
     if len(sizes) < 3 or not traces:
         return None
     ticks = [n for n in sorted(sizes) if n & (n - 1) == 0]  # powers of two
@@ -62,6 +65,16 @@ def win_rate_over_n_figure(
     layout["shapes"] = [half_line()]
     layout["showlegend"] = len(results) <= MOST_IN_LEGEND
     return {"data": traces, "layout": layout}
+
+
+def furthest(results: Sequence[MethodResult]) -> list[MethodResult]:
+    """Of each series the result with the largest KL; the others would be drawn in the same style."""
+    best: dict[str, MethodResult] = {}
+    for result in results:
+        series = result.series or result.label
+        if series not in best or result.kl.estimate > best[series].kl.estimate:
+            best[series] = result
+    return list(best.values())
 
 
 def over_kl_figure(
