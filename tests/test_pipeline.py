@@ -239,6 +239,48 @@ def test_results_of_an_earlier_version_are_measured_again_or_refused(job, finish
         Evaluation.read(tmp_path)
 
 
+def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
+    """Three steps, a checkpoint after each: proxy and gold along the training, from the run's own settings."""
+    from infalign.cli.main import main
+
+    out = tmp_path / "run"
+    run(
+        job,
+        out,
+        "training.keep_checkpoints=true",
+        "compare_with=[]",
+        'evaluation.gold=[{function: "tiny_rewards:shortness"}]',
+    )
+    kept = sorted(path.name for path in (out / "policies" / "optimal" / "checkpoints").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert not [path for path in (out / "policies").rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    where = tmp_path / "along"
+    command = ["infalign", "evaluate", "--run", str(out), "--checkpoints", "--out", str(where), "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(job)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    captured = capsys.readouterr()
+    assert exit_.value.code == 0, captured.err
+    found = json.loads(captured.out)
+    assert [(one["label"], one["step"]) for one in found["results"]] == [
+        *(("optimal step 1", 1), ("optimal step 2", 2), ("optimal step 3", 3), ("optimal", None)),
+    ]
+    assert {one["series"] for one in found["results"]} == {"optimal"}
+    assert found["stores"]["reference"].endswith("run/rollouts/evaluation-reference"), "drawn once, by the run"
+    assert found["warnings"] == []
+    page = (where / "report.html").read_text()
+    assert "from the reference on. Solid: judged by" in page
+    monkeypatch.setattr(sys, "argv", [*command[:4], "--out", str(tmp_path / "final"), "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    again = json.loads(capsys.readouterr().out)
+    run_result = json.loads((out / "evaluation.json").read_text())["results"][0]
+    assert again["results"][0]["procedures"][0]["win_rate"] == run_result["procedures"][1]["win_rate"], (
+        "the same rollouts"
+    )
+
+
 def test_stage_by_stage_gives_the_same_and_refuses_to_skip(job, finished, tmp_path):
     _, result, _ = finished
     out = tmp_path / "stages"

@@ -43,7 +43,9 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     prompts = _check_prompts(recipe)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
     check_reward(recipe, prompts)
-    check_training(max_new_tokens=recipe.rollouts.max_new_tokens, **recipe.training.model_dump())
+    check_training(
+        max_new_tokens=recipe.rollouts.max_new_tokens, **recipe.training.model_dump(exclude={"keep_checkpoints"})
+    )
     return _plan_text(recipe, out, len(prompts) or None, policy)
 
 

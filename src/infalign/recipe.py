@@ -252,6 +252,7 @@ class Training(_Section):
     baseline: Literal["known", "leave-one-out"] = "known"
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
+    keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`
     rloo: dict[str, Any] = {}
 
 

@@ -70,6 +70,7 @@ def align(
     lora: Mapping[str, Any] | None = None,
     seed: int = 0,
     save_steps: int = 25,
+    keep_checkpoints: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     rloo: Mapping[str, Any] | None = None,
@@ -97,6 +98,7 @@ def align(
         lora: `peft.LoraConfig` fields; `None` trains all weights.
         seed: Seeds prompts, rollouts and adapter initialisation.
         save_steps: Steps between checkpoints.
+        keep_checkpoints: Keep the model of every checkpoint, to be evaluated; else they go when the training ends.
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Also accept weights that are not safetensors.
         rloo: Any further `RLOOConfig` fields.
@@ -135,7 +137,7 @@ def align(
             seed=seed,
             save_steps=save_steps,
             trust_remote_code=trust_remote_code,
-            overrides=rloo or {},
+            overrides={**(rloo or {}), **({"save_total_limit": None} if keep_checkpoints else {})},
         ),
     )
     if is_main():  # it removes what was cut short
@@ -158,7 +160,7 @@ def align(
         landing = land(trained, reference, tokenizer, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
         trained.save_pretrained(out / "model")
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
-    _write_result(result, out)
+    _write_result(result, out, keep_checkpoints)
     return result
 
 
@@ -316,7 +318,7 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])
 
 
-def _write_result(result: AlignmentResult, out: Path) -> None:
+def _write_result(result: AlignmentResult, out: Path, keep_checkpoints: bool) -> None:
     content = {
         "beta": result.beta,
         "landing": None if result.landing is None else asdict(result.landing),
@@ -325,7 +327,11 @@ def _write_result(result: AlignmentResult, out: Path) -> None:
     temporary = out / "result.json.tmp"
     temporary.write_text(json.dumps(content))
     temporary.replace(out / "result.json")  # last: a folder without it is unfinished
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if not keep_checkpoints:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for path in (out / "checkpoints").glob("checkpoint-*/*"):
+        if path.suffix in (".pt", ".pth", ".bin"):  # what only going on would need, in pickles: not part of a model
+            path.unlink()
 
 
 def _read_result(out: Path) -> AlignmentResult:
