@@ -63,7 +63,7 @@ LOCAL = ("--model", "model", "--reward", "decode_rewards:length", "--max-new-tok
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def answers_of(rows):

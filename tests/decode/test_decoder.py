@@ -30,20 +30,22 @@ def rewards_of(answers):
     return np.array([answer.chosen.reward for answer in answers])
 
 
+DISTINCT = [
+    ia.Standard(),
+    *(ia.BestOfN(n) for n in (1, 2, 4, 16)),
+    *(ia.WorstOfN(n) for n in (2, 16)),
+    ia.OrderStatistic(k=2, n=4),
+    ia.Mixture([(0.6, ia.Standard()), (0.4, ia.BestOfN(8))]),
+]
+
+
 @pytest.mark.parametrize(
-    "procedure",
-    [
-        ia.Standard(),
-        *(ia.BestOfN(n) for n in (1, 2, 4, 16)),
-        *(ia.WorstOfN(n) for n in (2, 16)),
-        ia.OrderStatistic(k=2, n=4),
-        ia.Mixture([(0.6, ia.Standard()), (0.4, ia.BestOfN(8))]),
-    ],
-    ids=lambda procedure: procedure.label,
+    ("procedure", "ties"),
+    [(procedure, False) for procedure in DISTINCT] + [(ia.BestOfN(4), True), (ia.WorstOfN(2), True)],
+    ids=lambda value: getattr(value, "label", "ties" if value else "distinct"),
 )
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_what_comes_out_has_the_cdf_of_the_theory(enumerated, procedure, ties):
-    """KS on exact ranks; 18 tests, so a false alarm once in about 550 runs of the suite were seeds not fixed."""
+    """KS on exact ranks; 11 tests, so a false alarm once in about 900 choices of the seed."""
     reward = FunctionReward(coarse if ties else hashed_reward, key="r")
     answers = Decoder(enumerated.sampler(), reward, procedure, seed=11).decode([enumerated.prompt] * 1500)
     scale = enumerated

@@ -80,7 +80,8 @@ class AnswerFile:
             return
         try:
             with self.path.open("ab") as file:
-                file.write(("\n".join(lines) + "\n").encode("utf-8", "surrogatepass"))
+                # Half a surrogate pair, which no UTF-8 can hold, becomes what JSON writes for it: \\ud83d.
+                file.write(("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -112,7 +113,7 @@ class AnswerFile:
     def _prompt_of(self, line: bytes, number: int) -> str:
         where = f"{self.path}, line {number}"
         try:
-            row: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
+            row: dict[str, Any] = json.loads(line.decode("utf-8"))
             prompt_id, there = str(row["prompt_id"]), dict(row["made_by"])
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError("this line is not an answer", where=where, mend="Give another file") from error
