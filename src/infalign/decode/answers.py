@@ -80,7 +80,7 @@ class AnswerFile:
             return
         try:
             with self.path.open("ab") as file:
-                # Half a surrogate pair, which no UTF-8 can hold, becomes what JSON writes for it: \\ud83d.
+                # Half a surrogate pair, which no UTF-8 can hold, becomes what JSON writes for it: \ud83d.
                 file.write(("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
