@@ -103,6 +103,15 @@ def main() -> None:
             procedure = ia.EarlyStopping(n, stop_at, block)
             predicted = ia.EarlyStopping(n, stop_at, block, num_ref=num_ref)
             rows.append(row(procedure.label, Decoder(sampler, reward, procedure, **known), predicted))
+    # As good as full Best-of-n against one sample, for about half of the draws: more of them, stopped early.
+    wide = 2 * n, (n - 1) / (n + 1)
+    rows.append(
+        row(
+            f"Best-of-{2 * n} stopped at {wide[1]:.3f}",
+            Decoder(sampler, reward, ia.EarlyStopping(*wide), **known),
+            ia.EarlyStopping(*wide, num_ref=num_ref),
+        )
+    )
     for m in (2, 4, 8):
         rows.append(row(f"Best-of-{m}", Decoder(sampler, reward, ia.BestOfN(m), **known), ia.BestOfN(m)))
     for every, keep in ((4, 0.75), (4, 0.5), (8, 0.5), (8, 0.25)):
