@@ -27,6 +27,7 @@ from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
 from infalign.run_rewards import open_reward
 from infalign.stages import PlannedTransform, Stages
+from infalign.training.landing import Landing
 
 MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
@@ -213,10 +214,7 @@ class Pipeline:
         for name, entry in trained.items():
             lines.append(f"{name}: {entry['model']} (final beta {entry['beta']:.4g})")
             if landing := entry["landing"]:
-                lines.append(
-                    f"  landed at {landing['kl']:.3f} ± {landing['standard_error']:.3f} nats by scaling the update by "
-                    f"{landing['scale']:.2f} (it came in at {landing['kl_before']:.3f})"
-                )
+                lines.append(f"  {Landing(**landing)}")
         return {"text": "\n".join(lines), "policies": trained}
 
     def _evaluate(self) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class Stages:
         recipe, prompts = self.recipe, self.prompts("train")
         # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
         kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
-        align(
+        result = align(
             self.reference,
             self.out / "policies" / planned.name,
             prompts[kept:],
@@ -213,6 +213,8 @@ class Stages:
             **recipe.training.model_dump(),
         )
         if processes.is_main():
+            if result.landing is not None:
+                self.say(f"  {result.landing}")
             self._write_card(planned, None)
 
     def _write_card(self, planned: PlannedTransform, result: MethodResult | None) -> None:

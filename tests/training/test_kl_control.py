@@ -7,6 +7,7 @@ import pytest
 
 from infalign.errors import InputError
 from infalign.training.kl_control import KLController
+from infalign.training.landing import Landing
 
 
 def simulate(controller: KLController, *, scale: float, lag: float, pace: float, seed: int, steps: int) -> float:
@@ -58,3 +59,9 @@ def test_it_goes_on_from_its_state():
 def test_a_budget_is_a_positive_number(budget):
     with pytest.raises(InputError, match="KL budget"):
         KLController(kl_budget=budget, beta=0.1)
+
+
+def test_a_landing_at_its_limit_says_that_the_budget_is_missed():
+    assert "missed" not in str(Landing(1.2, 0.25, 0.3, 0.01))
+    assert "train longer" in str(Landing(1.5, 0.1, 0.21, 0.01))
+    assert "larger beta" in str(Landing(0.5, 2.0, 0.6, 0.01))

@@ -44,6 +44,19 @@ class Landing:
     kl: float
     standard_error: float
 
+    @property
+    def stopped_by_limit(self) -> bool:
+        """Whether the budget would have taken more scaling than allowed, so that it was missed."""
+        return self.scale in (SMALLEST, LARGEST)
+
+    def __str__(self) -> str:
+        told = f"landed at {self.kl:.3f} ± {self.standard_error:.3f} nats by scaling the update by {self.scale:.2f}"
+        told += f" (it came in at {self.kl_before:.3f})"
+        if self.stopped_by_limit:
+            advice = "train longer, or start at a smaller beta" if self.scale == LARGEST else "start at a larger beta"
+            told += f"; no further, so the KL budget is missed: {advice}"
+        return told
+
 
 def land(
     model: PreTrainedModel,
