@@ -265,7 +265,7 @@ def _show(
                 console.rule(characters="─")
                 console.print(one.prompt.text, style="dim", markup=False, soft_wrap=True)
             console.print(one.chosen.text, markup=False, soft_wrap=True)
-            console.print(_line(one), style="cyan", markup=False)
+            console.print(_line(one), style="cyan", markup=False, soft_wrap=True)
     else:
         there = f"; {before} were there" if before else ""
         console.print(f"{len(answers)} prompts answered{there}: {out}", markup=False, soft_wrap=True)
