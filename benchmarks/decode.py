@@ -86,11 +86,12 @@ def main() -> None:
     def row(name: str, decoder: Decoder, predicted: ia.EarlyStopping | ia.BestOfN | None = None) -> Row:
         answers_RP, win_P, seconds = measure(decoder)
         loss = mean_estimate(full_P - win_P)
-        drawn_of = draws = win = lost = None
+        draws = win = lost = None
         if isinstance(predicted, ia.EarlyStopping):
-            draws, win, lost = predicted.expected_draws, predicted.win_rate(), predicted.loss()
+            draws, win = predicted.expected_draws, predicted.win_rate()
         elif predicted is not None:
             draws, win = float(predicted.n), predicted.n / (predicted.n + 1)
+        if win is not None:
             lost = n / (n + 1) - win
         drawn_of = np.mean([len(one.candidates) for answers in answers_RP for one in answers])
         share = tokens(answers_RP) / tokens(full)
