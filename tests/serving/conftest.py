@@ -23,8 +23,8 @@ beta: 0.5
 training: {prompts_per_step: 2, num_generations: 4}
 """
 REWARDS = """
-def vowels(prompts, completions, note):
-    rows = zip(completions, note, strict=True)
+def vowels(prompts, completions, note=None):
+    rows = zip(completions, note or [""] * len(completions), strict=True)
     return [sum(c in "aeiou" for c in text) + len(text) / 100 + len(n) for text, n in rows]
 """
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"

@@ -25,6 +25,7 @@ from infalign.cli.run import (
     run_command,
     train_command,
 )
+from infalign.cli.serve import serve_command
 from infalign.cli.serve_reward import serve_reward_command
 from infalign.errors import InfalignError
 
@@ -44,6 +45,7 @@ app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("decode")(decode_command)
+app.command("serve")(serve_command)
 app.command("serve-reward")(serve_reward_command)
 app.command("audit")(audit_command)
 app.command("compare")(compare_command)

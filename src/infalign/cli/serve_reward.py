@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from infalign.cli.console import ConsoleReporter
 
 
 def serve_reward_command(
+    context: typer.Context,
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run with a finished calibration.")],
     policy: Annotated[
         str | None, typer.Option("--policy", help="Name of the transform, as in plan.json [default: the recipe's own].")
@@ -30,17 +30,15 @@ def serve_reward_command(
     """Serve the reward of a run over OpenRLHF's remote reward protocol, as POST /get_reward, until stopped."""
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
-    if str(Path.cwd()) not in sys.path:  # a reward given as module:function may lie where the user stands
-        sys.path.insert(0, str(Path.cwd()))
     from infalign.cli.run import silence_libraries
     from infalign.serving.reward_app import make_reward_app
     from infalign.serving.web import listen, run_app
     from infalign.trainer_reward import TrainerReward
 
     silence_libraries()
+    listener = context.with_resource(listen(host, port))
     reward = TrainerReward(run_folder, policy, beta=beta)
     app, batcher = make_reward_app(reward, capacity=queue, timeout=timeout, batch_size=batch_size)
-    listener = listen(host, port)
     transformed = reward.transformed
     reporter.say(
         f"Rewards in nats ({transformed.transform.label} transform, beta {transformed.beta:.4g}) of responses to "

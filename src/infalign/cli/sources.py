@@ -12,6 +12,7 @@ from infalign.errors import InputError, MismatchError
 if TYPE_CHECKING:
     from infalign.calibration import RewardCalibrator
     from infalign.combined_calibration import CombinedCalibrator
+    from infalign.data import PromptSet
     from infalign.rollouts.rewards import RewardSource
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
@@ -52,14 +53,19 @@ class Calibration:
     Attributes:
         reward: The reward.
         calibrator: Its quantiles, one row per prompt.
-        prompt_ids: The prompts.
+        prompts: The prompts, with the columns of their rows, in the order of the calibrator's.
         fingerprint: Of the calibrator's files.
     """
 
     reward: RewardSource
     calibrator: RewardCalibrator | CombinedCalibrator
-    prompt_ids: list[str]
+    prompts: PromptSet
     fingerprint: str
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """The prompts' ids."""
+        return self.prompts.ids
 
 
 def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibration:
@@ -84,4 +90,4 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
         )
     files = sorted((run_folder / "calibration" / "calibrator").rglob("*.npy"))
     marks = [[str(path.relative_to(run_folder)), file_fingerprint(path)] for path in files]
-    return Calibration(reward, run.calibrator(), run.prompts("train").ids, fingerprint(marks))
+    return Calibration(reward, run.calibrator(), run.prompts("train"), fingerprint(marks))

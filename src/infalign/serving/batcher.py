@@ -58,14 +58,19 @@ class Batcher(Generic[Item, Result]):
     A batch that fails is tried again item by item, so that one bad item does not take others with it.
 
     Args:
-        work: Takes a batch; gives one result per item, in order.
+        work: Takes a batch; gives one result per item, in order, or the exception that befell that item.
         capacity: Most items taken in and not finished.
         max_batch: Most items per batch.
         workers: Batches under way at the same time; `work` must then be safe to call from several threads.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[Item]], Sequence[Result]], *, capacity: int, max_batch: int, workers: int = 1
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        *,
+        capacity: int,
+        max_batch: int,
+        workers: int = 1,
     ) -> None:
         self.capacity = capacity
         self._work = work
@@ -100,7 +105,7 @@ class Batcher(Generic[Item, Result]):
             BusyError: There is no room.
             StoppingError: `stop` has been called.
             LateError: The time is over.
-            Exception: What `work` raised for this item.
+            Exception: What `work` raised or gave for this item.
         """
         job = self._take_in(item)
         result = asyncio.wrap_future(job.future)
@@ -170,7 +175,10 @@ class Batcher(Generic[Item, Result]):
                     self._finish([job])
             return
         for job, result in zip(batch, results, strict=True):
-            job.future.set_result(result)
+            if isinstance(result, Exception):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(result)
 
     def _learn_pace(self, seconds: float) -> None:
         with self._changed:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from infalign.rollouts.models import load_tokenizer
 from infalign.serving.batcher import Batcher
 from infalign.serving.openrlhf import PromptTexts
+from infalign.serving.protocol import ErrorAnswer
 from infalign.serving.web import FastAPI, Request, make_app, while_connected
 from infalign.trainer_reward import TrainerReward
 
@@ -85,8 +86,10 @@ def make_reward_app(
     )
     app = make_app("infalign serve-reward", max_body=MAX_BODY)
 
-    @app.post("/get_reward")
-    async def get_reward(asked: RewardRequest, request: Request) -> RewardAnswer | None:
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+
+    @app.post("/get_reward", responses=errors)
+    async def get_reward(asked: RewardRequest, request: Request) -> RewardAnswer:
         """Reward responses to the run's training prompts."""
         pairs = list(zip(asked.query, asked.prompts, strict=True))
         wanted = _Asked(

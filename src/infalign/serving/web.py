@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from infalign.errors import InfalignError, InputError
+from infalign.errors import InfalignError, InputError, RewardError
 from infalign.rollouts.http import EndpointError, RequestRefusedError
 from infalign.serving.batcher import BusyError, LateError, StoppingError
 
@@ -92,6 +93,8 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
         if isinstance(error, EndpointError):
             text = f"the upstream server does not answer: {error.what}"
             return error_response(503, text, kind="upstream_error", retry_after=5)
+        if isinstance(error, RewardError):  # other candidates may well be scored
+            return error_response(503, message, kind="reward_error", retry_after=5)
         return error_response(500, message, kind="server_error")
 
     @app.exception_handler(Exception)
@@ -146,8 +149,37 @@ class BodyLimit:
                 return
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of `work`; None, with `work` given up, once the client has gone."""
+class BearerKey:
+    """Refuses requests under a path that do not bring the key, before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, key: str, under: str) -> None:
+        self._app = app
+        self._wanted = f"Bearer {key}".encode()
+        self._under = under
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"].startswith(self._under):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                refusal = error_response(401, "the API key is missing or wrong", kind="authentication_error")
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def require_key(app: FastAPI, key: str, *, under: str) -> None:
+    """Let only requests with this bearer token reach the paths under `under`."""
+    app.add_middleware(BearerKey, key=key, under=under)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is given up once the client has gone.
+
+    Raises:
+        HTTPException: The client has gone; nobody reads what is answered.
+    """
     task = asyncio.ensure_future(work)
     try:
         while True:
@@ -155,7 +187,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
             if done:
                 return task.result()
             if await request.is_disconnected():
-                return None
+                raise HTTPException(499, "the client has gone")
     finally:
         if not task.done():
             task.cancel()
@@ -224,10 +256,14 @@ class _Server(uvicorn.Server):
 
 
 def _explain(error: RequestValidationError) -> str:
-    """The first thing wrong with a request, in words."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "json_invalid":
-        return f"the request is not valid JSON ({first.get('ctx', {}).get('error', first['msg'])})"
-    text = str(first["msg"]).removeprefix("Value error, ")
+    """The thing wrong with a request that says most, in words."""
+    # Where several kinds of value may stand, each kind complains: the one that was meant is the one that got furthest.
+    worst = max(error.errors(), key=lambda one: (one["type"] not in ("string_type", "list_type"), len(one["loc"])))
+    if worst["type"] == "json_invalid":
+        return f"the request is not valid JSON ({worst.get('ctx', {}).get('error', worst['msg'])})"
+    named = [str(part) for part in worst["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
+    where = ".".join(part for part in named if part != "str")
+    text = str(worst["msg"]).removeprefix("Value error, ")
+    if worst["type"] == "string_unicode":
+        text = "the text holds half of a surrogate pair"
     return f"{where}: {text}" if where else text

@@ -1,0 +1,200 @@
+"""`infalign serve`: a procedure behind the OpenAI protocol, in front of a model or of another server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infalign.cli.console import ConsoleReporter
+from infalign.cli.plan import parse_procedure
+from infalign.cli.sources import REWARD, open_calibration, open_named_reward
+from infalign.errors import InputError
+
+if TYPE_CHECKING:
+    from infalign.data import Prompt
+    from infalign.decode.candidates import CandidateSampler
+    from infalign.rollouts.rewards import RewardSource
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder, adapter or hub name of a model to run here.")
+    ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option("--upstream", help="Instead: an OpenAI-compatible server, such as http://host:8000/v1."),
+    ] = None,
+    model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name upstream.")] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
+    ] = None,
+    procedure: Annotated[
+        str,
+        typer.Option(
+            "--procedure", help="best-of-n, worst-of-n, order-statistic, standard, best-of-8, … or FILE.json."
+        ),
+    ] = "best-of-n",
+    n: Annotated[int | None, typer.Option("--n", help="Candidates per answer.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Which from the worst, for order-statistic.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="A calibrated run: tells the quantiles of its prompts' answers."),
+    ] = None,
+    stop_reward: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-reward", help="Best-of-N: draw no more once one has this reward; the greatest costs nothing."
+        ),
+    ] = None,
+    block: Annotated[int, typer.Option("--block", min=1, help="Candidates drawn together until it stops.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Makes a session's answers repeatable [default: fresh].")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", help="The model's name for clients [default: its own].")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Most requests under way; more get 429.")] = 128,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds until a request gets 503.")] = 120.0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Most requests decoded together, with --model.")
+    ] = 16,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, help="Requests upstream at the same time, with --upstream.")
+    ] = 16,
+    api_key_variable: Annotated[
+        str | None, typer.Option("--api-key-variable", help="Environment variable with the key clients must send.")
+    ] = None,
+    upstream_key_variable: Annotated[
+        str | None, typer.Option("--upstream-key-variable", help="Environment variable with the upstream's key.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")
+    ] = False,
+) -> None:
+    """Serve a procedure's answers at /v1/chat/completions and /v1/completions, until stopped."""
+    reporter = ConsoleReporter()
+    if (model is None) == (upstream is None):
+        raise InputError(
+            "one model is served", where="serve", mend="Give either --model, or --upstream and --model-name"
+        )
+    if (upstream is None) != (model_name is None):
+        raise InputError("a model upstream has a name there", where="serve", mend="Give --upstream and --model-name")
+    chosen = parse_procedure(procedure, n, k)
+    key = _key(api_key_variable, "--api-key-variable")
+    _key(upstream_key_variable, "--upstream-key-variable")
+    reporter.say("Loading libraries …")
+    from infalign.decode.decoder import Decoder
+    from infalign.serving.app import ProcedureServer, Served
+    from infalign.serving.web import listen, run_app
+
+    # Before models are loaded, so that an address that cannot be had is said at once.
+    listener = context.with_resource(listen(host, port))
+    weights: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    count_prompt = None
+    sampler: CandidateSampler
+    if upstream is not None:
+        from infalign.decode.remote import EndpointSampler
+        from infalign.rollouts.http import Endpoint
+
+        assert model_name is not None, "checked above"
+        endpoint = Endpoint(upstream, upstream_key_variable, timeout=timeout, retries=1, first_wait=0.2)
+        sampler = EndpointSampler(endpoint, model_name, concurrency=concurrency, **settings)
+    else:
+        assert model is not None, "checked above"
+        sampler, count_prompt = _local(model, weights, settings)
+    # Somebody waits: better a quick error than a patient answer.
+    patience: dict[str, Any] = {"timeout": timeout, "retries": 1, "first_wait": 0.2}
+    source = None if reward is None else open_named_reward(reward, **weights, **patience)
+    found = None if calibration is None else open_calibration(calibration, source)
+    source = source if found is None else found.reward
+    _require_no_columns(source)
+    served = Served(
+        Decoder(
+            sampler,
+            source,
+            chosen,
+            calibrator=None if found is None else found.calibrator,
+            prompt_ids=None if found is None else found.prompt_ids,
+            stop_reward=stop_reward,
+            block=block,
+            seed=secrets.randbits(31) if seed is None else seed,
+        ),
+        served_name or model_name or Path(str(model)).name,
+        count_prompt=count_prompt,
+        known={} if found is None else {prompt.id: prompt for prompt in found.prompts},
+        capacity=queue,
+        max_batch=1 if upstream is not None else batch_size,
+        workers=concurrency if upstream is not None else 1,
+        timeout=timeout,
+        key=key,
+        **settings,
+    )
+    server = ProcedureServer(served)
+    reporter.say(f"{chosen.label} of {served.name!r} by {source or 'no reward'}, up to {queue} requests at a time")
+    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        reporter.say(f"Anyone who can reach {host} can ask: --api-key-variable names a key to ask for.")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+    run_app(
+        server.app,
+        listener,
+        grace=timeout,
+        on_start=lambda: reporter.say(f"Serving on {address}"),
+        on_stop=server.stop,
+    )
+    if server.num_open:  # a request that outlived its grace is still being worked on by a thread that nothing can stop
+        reporter.say(f"Stopped with {server.num_open} requests unfinished.")
+        os._exit(1)
+    reporter.say("Stopped.")
+
+
+def _key(variable: str | None, option: str) -> str | None:
+    """The key in an environment variable."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key.strip():
+        raise InputError(f"the environment variable {variable} is not set", where=option, mend="Put the key into it")
+    return key.strip()
+
+
+def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A sampler for a model in this process, and what counts its prompts' tokens."""
+    from infalign.cli.run import silence_libraries
+    from infalign.decode.local import LocalSampler
+    from infalign.rollouts.models import load_policy
+    from infalign.rollouts.tokens import prompt_token_ids
+
+    silence_libraries()
+    policy, tokenizer = load_policy(model, **weights)
+
+    def count(prompt: Prompt) -> int:
+        from jinja2 import TemplateError
+
+        try:
+            return len(prompt_token_ids(tokenizer, [prompt])[0])
+        except TemplateError as error:  # templates refuse what they cannot show, such as two user turns in a row
+            raise InputError(f"the model's chat template refuses these messages ({error})", where="messages") from error
+
+    return LocalSampler(policy, tokenizer, **settings), count
+
+
+def _require_no_columns(source: RewardSource | None) -> None:
+    """Refuse a function that needs more of a prompt's row than a request can bring."""
+    from infalign.rollouts.rewards import FunctionReward
+
+    if isinstance(source, FunctionReward):
+        source.require_columns(["prompt_id"])
