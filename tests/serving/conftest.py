@@ -4,11 +4,13 @@ import json
 import sys
 from contextlib import contextmanager
 
+import openai
 import pytest
 
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
 from infalign.testbed.toy import random_llama
+from tests.serving.process import Served
 
 RECIPE = """
 name: served
@@ -27,6 +29,8 @@ def vowels(prompts, completions, note=None):
     rows = zip(completions, note or [""] * len(completions), strict=True)
     return [sum(c in "aeiou" for c in text) + len(text) / 100 + len(n) for text, n in rows]
 """
+USER = {"role": "user", "content": "Say 2"}
+LENGTH = 8
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 
 
@@ -77,3 +81,35 @@ def run_folder(tmp_path_factory, importable):
 @pytest.fixture(scope="session")
 def chat_run_folder(tmp_path_factory, importable):
     return make_run(tmp_path_factory.mktemp("chat"), chat=True)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A chat policy on bytes, and reward functions."""
+    where = tmp_path_factory.mktemp("serve")
+    random_llama(where / "policy", spread=1.0, max_length=96, seed=4)
+    (where / "policy" / "chat_template.jinja").write_text(
+        "{% if messages[0]['content'] == 'provoke' %}{{ raise_exception('no provocation') }}{% endif %}" + TEMPLATE
+    )
+    (where / "serve_rewards.py").write_text(
+        "def vowels(prompts, completions):\n"
+        "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+        "def numbers(prompts, completions):\n"
+        "    return [None if 'unscorable' in str(p) else float(c) for p, c in zip(prompts, completions)]\n"
+        "def graded(prompts, completions, answer):\n"
+        "    return [0.0 for _ in completions]\n"
+    )
+    return where
+
+
+def serve(folder, *more, **settings):
+    model = ("--model", folder / "policy", "--max-new-tokens", LENGTH)
+    return Served("serve", *model, "--reward", "serve_rewards:vowels", "--n", 4, *more, cwd=folder, **settings)
+
+
+@pytest.fixture(scope="session")
+def served(folder):
+    with serve(folder, "--seed", 7, "--queue", 48) as server:
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            server.first = client.chat.completions.create(model="policy", messages=[USER])
+        yield server

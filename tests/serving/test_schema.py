@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.test_serve import LENGTH, folder, served  # noqa: F401  (fixtures)
+from tests.serving.conftest import LENGTH
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PATHS = ["/v1/chat/completions", "/v1/completions"]
@@ -22,7 +22,7 @@ JUNK = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def schema(served):  # noqa: F811
+def schema(served):
     return served.get("/openapi.json")[2]
 
 
@@ -114,7 +114,7 @@ def can_be_honoured(asked):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_valid_request_is_answered_as_the_schema_says(served, schema, path):  # noqa: F811
+def test_every_valid_request_is_answered_as_the_schema_says(served, schema, path):
     post = schema["paths"][path]["post"]
     wanted = request_schema(schema, path)
     answered = post["responses"]["200"]["content"]["application/json"]["schema"]
@@ -139,7 +139,7 @@ def test_every_valid_request_is_answered_as_the_schema_says(served, schema, path
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_invalid_request_is_refused(served, schema, path):  # noqa: F811
+def test_every_invalid_request_is_refused(served, schema, path):
     wanted = request_schema(schema, path)
     refused = schema["paths"][path]["post"]["responses"]["4XX"]["content"]["application/json"]["schema"]
     invalid = 0

@@ -20,49 +20,14 @@ from infalign.calibration import RewardCalibrator
 from infalign.decode.decoder import Decoder
 from infalign.decode.local import LocalSampler
 from infalign.rollouts.rewards import FunctionReward
-from infalign.testbed.toy import random_llama
-from tests.serving.conftest import REWARDS, TEMPLATE
+from tests.serving.conftest import LENGTH, REWARDS, USER
 from tests.serving.process import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-USER = {"role": "user", "content": "Say 2"}
-LENGTH = 8
 
 
 def vowels(prompts, completions):
     return [float(sum(c in "aeiou" for c in text)) for text in completions]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A chat policy on bytes, and reward functions."""
-    where = tmp_path_factory.mktemp("serve")
-    random_llama(where / "policy", spread=1.0, max_length=96, seed=4)
-    (where / "policy" / "chat_template.jinja").write_text(
-        "{% if messages[0]['content'] == 'provoke' %}{{ raise_exception('no provocation') }}{% endif %}" + TEMPLATE
-    )
-    (where / "serve_rewards.py").write_text(
-        "def vowels(prompts, completions):\n"
-        "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
-        "def numbers(prompts, completions):\n"
-        "    return [None if 'unscorable' in str(p) else float(c) for p, c in zip(prompts, completions)]\n"
-        "def graded(prompts, completions, answer):\n"
-        "    return [0.0 for _ in completions]\n"
-    )
-    return where
-
-
-def serve(folder, *more, **settings):
-    model = ("--model", folder / "policy", "--max-new-tokens", LENGTH)
-    return Served("serve", *model, "--reward", "serve_rewards:vowels", "--n", 4, *more, cwd=folder, **settings)
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    with serve(folder, "--seed", 7, "--queue", 48) as server:
-        with client_of(server) as client:
-            server.first = client.chat.completions.create(model="policy", messages=[USER])
-        yield server
 
 
 def client_of(server, **settings):
@@ -294,7 +259,7 @@ async def crowd(server, watch, clients=64):
     return got
 
 
-async def until(condition, seconds=20.0):
+async def until(condition, seconds=60.0):  # far more than it takes: the machine may be busy
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
@@ -307,7 +272,7 @@ TOLD_OF_TROUBLE = (503, True)
 
 def test_sixty_four_clients_each_get_an_answer_or_are_told_to_wait(served):
     async def watch(got):
-        await until(lambda: got.get(200, 0) >= 200 and got.get(TOLD_TO_WAIT, 0) >= 20)
+        await until(lambda: got.get(200, 0) >= 96 and got.get(TOLD_TO_WAIT, 0) >= 10)
 
     got = asyncio.run(crowd(served, watch))
     assert set(got) == {200, TOLD_TO_WAIT}

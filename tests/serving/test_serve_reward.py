@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_many_single_requests_at_once(served, run_folder):
     assert np.concatenate([answer["rewards"] for _, _, answer in answers]) == pytest.approx(worth.nats_B)
 
 
-def test_messages_are_known_by_the_policys_own_template(chat_run_folder, importable):
+def test_messages_are_known_by_the_policys_own_template_and_it_stops_when_told(chat_run_folder, importable):
     rows = prompts_of(chat_run_folder)[:2]
     shown = [f"<|user|>{row['prompt'][0]['content']}<|assistant|>" for row in rows]
     with Served("serve-reward", chat_run_folder, "--policy", "identity", "--beta", "0.7", cwd=importable) as server:
@@ -82,6 +83,10 @@ def test_messages_are_known_by_the_policys_own_template(chat_run_folder, importa
         status, _, answer = server.post("/get_reward", asked(chat_run_folder, [plain], ["x"]))
         assert status == 400
         assert "chat template" in answer["error"]["message"]
+        with socket.socket() as other:
+            other.connect(("127.0.0.1", server.port))  # a connection that asks nothing must not keep it
+            assert server.stop(signal.SIGTERM, timeout=20) == 0
+        assert "Stopped." in server.lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -118,27 +123,22 @@ def test_health_and_other_paths(served):
     assert served.get("/get_reward")[0] == 405
 
 
-def test_it_stops_when_told_and_says_what_it_cannot_do(run_folder, importable, tmp_path, capfd):
+def test_what_cannot_be_served_is_said_at_once(run_folder, tmp_path, capfd, monkeypatch):
     from infalign.cli.main import main
-
-    with Served("serve-reward", run_folder, cwd=importable) as server:
-        with socket.socket() as other:
-            other.connect(("127.0.0.1", server.port))  # a connection that asks nothing must not keep it
-            assert server.stop(signal.SIGTERM, timeout=20) == 0
-        assert "Stopped." in server.lines[-1]
-    import sys
 
     for arguments, message in [
         ([str(tmp_path)], "holds no calibrated run"),
         ([str(run_folder), "--policy", "optimal"], "There are: exponential+10"),
     ]:
-        sys.argv = ["infalign", "serve-reward", *arguments]
+        monkeypatch.setattr(sys, "argv", ["infalign", "serve-reward", *arguments])
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
         assert message in capfd.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        sys.argv = ["infalign", "serve-reward", str(run_folder), "--port", str(taken.getsockname()[1])]
+        monkeypatch.setattr(
+            sys, "argv", ["infalign", "serve-reward", str(run_folder), "--port", str(taken.getsockname()[1])]
+        )
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
