@@ -10,8 +10,9 @@ from typing import Any
 from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
+from infalign.measured_procedure import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rollouts.rewards import FunctionReward, import_function
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
 from infalign.theory.alternatives import tilt_at_kl
@@ -38,7 +39,10 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
         StorageError: If the output folder cannot be written.
     """
     check_writable(out)
-    plan_transforms(recipe)
+    if recipe.measured_procedure is None:
+        plan_transforms(recipe)
+    else:
+        _check_decoder(recipe.measured_procedure)
     _check_testbed_data(recipe)
     prompts = _check_prompts(recipe)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
@@ -246,6 +250,25 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
     return prompts
 
 
+def _check_decoder(procedure: MeasuredProcedure) -> None:
+    """Refuse a decoder's function or proxy that is not there.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if procedure.function is not None:
+        import_function(procedure.function)
+    elif procedure.proxy is not None and ":" in procedure.proxy and not Path(procedure.proxy).exists():
+        import_function(procedure.proxy)
+    elif procedure.proxy is not None:
+        _model_config(procedure.proxy, f"procedure.decoder.proxy {procedure.proxy}", trust_remote_code=False)
+
+
+def _procedure_label(recipe: Recipe) -> str:
+    measured = recipe.measured_procedure
+    return recipe.target_procedure.label if measured is None else f"{measured.label}, to be measured"
+
+
 def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str, Any] | None) -> dict[str, Any]:
     names = [transform_name(t) for t in recipe.transforms]
     training, rollouts, evaluation = recipe.training, recipe.rollouts, recipe.evaluation
@@ -254,7 +277,7 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     evaluation_rollouts = recipe.prompts.evaluation * evaluation.num_samples * (len(names) + 1)
     lines = [
         f"Recipe {recipe.name}, run folder {out}",
-        f"Procedure: {recipe.target_procedure.label}; transforms: {', '.join(names)}; "
+        f"Procedure: {_procedure_label(recipe)}; transforms: {', '.join(names)}; "
         + (f"KL budget {recipe.kl_budget} nats" if recipe.kl_budget is not None else f"beta {recipe.beta}"),
     ]
     if recipe.testbed is not None:

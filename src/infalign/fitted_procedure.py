@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, whole_number
+from infalign.procedures import InferenceProcedure, OrderStatistic, whole_number
 from infalign.quadrature import unit_interval
 
 Array = npt.NDArray[np.float64]
@@ -67,7 +67,9 @@ class FittedProcedure(InferenceProcedure):
         object.__setattr__(self, "num_samples", whole_number(self.num_samples, "num_samples", "FittedProcedure"))
 
     @classmethod
-    def from_ranks(cls, ranks: npt.ArrayLike, *, num_ref: int | None = None, seed: int = 0) -> FittedProcedure:
+    def from_ranks(
+        cls, ranks: npt.ArrayLike, *, num_ref: int | None = None, max_degree: int = _DEGREES[-1], seed: int = 0
+    ) -> FittedProcedure:
         """Fit H to the calibrated rewards of a procedure's outputs on the reference.
 
         Args:
@@ -75,6 +77,7 @@ class FittedProcedure(InferenceProcedure):
             num_ref: K, if the ranks were calibrated with K reference rollouts: the noise of such ranks is then part of
                 the likelihood (beta-binomial) and not mistaken for randomness of the procedure. The ranks must then be
                 multiples of 1/(2K); leave it out for calibrated rewards that were smoothed.
+            max_degree: Largest M tried; `selection_weights` needs that many samples per prompt.
             seed: Of the cross-validation's folds.
 
         Raises:
@@ -105,7 +108,7 @@ class FittedProcedure(InferenceProcedure):
                 )
         fold = np.random.default_rng(seed).permutation(values.size) % _FOLDS
         scores: list[float] = []
-        degrees = [degree for degree in _DEGREES if degree <= max(values.size // 5, 1)]
+        degrees = [degree for degree in _DEGREES if degree <= max(min(values.size // 5, max_degree), 1)]
         for degree in degrees:
             held_out = 0.0
             for part in range(_FOLDS):
@@ -131,6 +134,12 @@ class FittedProcedure(InferenceProcedure):
         if degree == 1:
             return np.zeros_like(unit_interval(q, "FittedProcedure"))
         return degree * (degree - 1) * _bernstein(np.diff(self.weights), q)
+
+    def selection_weights(self, m: int) -> Array:
+        """M10 for the mixture: the k-th of M with weight w_k; needs m >= M samples."""
+        degree = len(self.weights)
+        parts = [OrderStatistic(k=k, n=degree).selection_weights(m) for k in range(1, degree + 1)]
+        return np.asarray(self.weights) @ np.stack(parts)
 
     @property
     def label(self) -> str:

@@ -16,12 +16,21 @@ from typing import Any, Protocol
 from infalign import processes
 from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
+from infalign.decoder_stages import (
+    PROCEDURE,
+    THROUGH,
+    fitted_procedure,
+    measure_procedure,
+    measure_through,
+    run_through,
+)
 from infalign.errors import InfalignError, StorageError
 from infalign.evaluation.record import Evaluation
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
 from infalign.report.calibration_display import calibration_lines
-from infalign.report.table import text_table
+from infalign.report.table import text_table, through_lines
+from infalign.rollouts.black_box import decoder_key
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
@@ -60,6 +69,7 @@ class Pipeline:
         self.reporter = reporter
         self.stages = Stages(recipe, out, reporter.say)
         self._only: str | None = None
+        self._decoder = recipe.measured_procedure
 
     def run(self, only: str | None = None) -> dict[str, Any]:
         """Do every stage, or one group of them on top of finished earlier ones.
@@ -161,6 +171,8 @@ class Pipeline:
             stages.fit_calibration,
             title="Calibrate the reward",
         )
+        self._measure_procedure()
+        recipe = self.recipe
         files = [source_fingerprint(t["file"]) for t in recipe.transforms if isinstance(t, dict) and "file" in t]
         chosen = recipe.model_dump(include={"procedure", "beta", "kl_budget"})
         self._stage(
@@ -186,6 +198,61 @@ class Pipeline:
             told = f"{plan['num_ref']} references per prompt cost {100 * plan['win_rate_lost']:.1f} points of win rate"
             lines.append(f"{told} at this KL, in theory, against infinitely many")
         return {"text": "\n".join(lines), "calibration": summary, "plan": plan}
+
+    def _measure_procedure(self) -> None:
+        """Where the recipe names a decoder: measure it, and go on with the procedure that it turned out to be."""
+        decoder = self._decoder
+        if decoder is None:
+            return
+        self._stage(
+            "procedure",
+            "calibrate",
+            {
+                "calibration": self._print_of("calibration"),
+                "decoder": decoder_key(decoder),
+                "rollouts_per_prompt": decoder.rollouts_per_prompt,
+                "most_samples": self.recipe.evaluation.num_samples,
+                "seed": self.recipe.seed,
+            },
+            ["rollouts/procedure", PROCEDURE],
+            partial(measure_procedure, self.stages, decoder),
+            title=f"Measure the procedure ({decoder.label})",
+        )
+        self.recipe = self.stages.recipe = self.recipe.with_procedure(fitted_procedure(self.stages))
+
+    def _evaluate_through(self, models: Mapping[str, tuple[str, str]]) -> None:
+        """Where the recipe names a decoder: what it delivers with each model, beside the law fitted to it."""
+        decoder = self._decoder
+        if decoder is None:
+            return
+        for number, (name, (model, made_by)) in enumerate(models.items(), start=1):
+            self._stage(
+                f"through-{name}",
+                "evaluate",
+                {
+                    "model": made_by,
+                    "prompts": self._print_of("prompts"),
+                    "reward": self._reward,
+                    "decoder": decoder_key(decoder),
+                    "rollouts_per_prompt": decoder.rollouts_per_prompt,
+                    "max_new_tokens": self.recipe.rollouts.max_new_tokens,
+                    "seed": self.recipe.seed,
+                },
+                [f"rollouts/through-{name}"],
+                partial(run_through, self.stages, name, model, number, decoder),
+                title=f"Run the decoder ({name})",
+            )
+        self._stage(
+            "through",
+            "evaluate",
+            {
+                "rollouts": [self._print_of(f"through-{name}") for name in models],
+                "confidence": self.recipe.evaluation.confidence,
+            },
+            [THROUGH],
+            partial(measure_through, self.stages, decoder),
+            title="Measure win rates through the decoder",
+        )
 
     def _train(self) -> dict[str, Any]:
         recipe, stages = self.recipe, self.stages
@@ -284,6 +351,7 @@ class Pipeline:
             stages.measure,
             title="Measure win rates and KL",
         )
+        self._evaluate_through(models)
         return self._results()
 
     def _report(self) -> dict[str, Any]:
@@ -305,7 +373,10 @@ class Pipeline:
         text = text_table(
             evaluation.results, evaluation.comparisons, n, evaluation.kl_budget, judge="the training reward"
         )
-        return {"text": text, **evaluation.to_dict()}
+        if self._decoder is None:
+            return {"text": text, **evaluation.to_dict()}
+        through = self.stages.read_json(THROUGH)
+        return {"text": f"{text}\n\n{through_lines(through)}", **evaluation.to_dict(), "through": through}
 
     def _prepare_models(self) -> None:
         """Know what the reference and the reward are; train the testbed's where the recipe brings none."""

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from infalign.errors import InputError, StorageError
+from infalign.measured_procedure import MeasuredProcedure
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
@@ -29,7 +30,10 @@ def _procedure_dict(value: Any) -> Any:
         value = {"kind": f"{short[1]}-n", "n": int(short[2])} if short else {"kind": value}
     if not isinstance(value, Mapping) or "kind" not in value:
         raise ValueError("a procedure is written best-of-4, worst-of-4, standard, or {kind: best-of-n, n: 4}")
-    procedure_from_dict(dict(value))
+    if value["kind"] == "fitted" and "decoder" in value:
+        MeasuredProcedure.parse(value)
+    else:
+        procedure_from_dict(dict(value))
     return dict(value)
 
 
@@ -312,6 +316,10 @@ class Recipe(_Section):
                     raise ValueError(f"{section} is missing (only a recipe with a testbed can do without)")
         elif self.testbed.corpus is None and self.prompts.source is None:
             raise ValueError("prompts.source is missing (only the docstrings testbed brings its own prompts)")
+        if any("decoder" in p for p in self.evaluation.procedures):
+            raise ValueError("a decoder can only be the recipe's own procedure, not one of evaluation.procedures")
+        if self.measured_procedure is not None and len(self.reward) > 1:
+            raise ValueError("a procedure with a decoder is measured by one reward, not by several")
         needed = max((procedure_from_dict(p).n or 1) for p in self.evaluation.procedures)
         if self.evaluation.num_samples < needed:
             raise ValueError(
@@ -334,8 +342,17 @@ class Recipe(_Section):
         return [self.transform, *self.compare_with]
 
     @property
+    def measured_procedure(self) -> MeasuredProcedure | None:
+        """The decoder whose procedure has yet to be measured; None for a procedure that is known."""
+        return MeasuredProcedure.parse(self.procedure) if "decoder" in self.procedure else None
+
+    def with_procedure(self, procedure: InferenceProcedure) -> Recipe:
+        """The same recipe for a procedure that is known."""
+        return self.model_copy(update={"procedure": procedure.to_dict()})
+
+    @property
     def target_procedure(self) -> InferenceProcedure:
-        """The procedure that the model will be used through."""
+        """The procedure that the model will be used through; a decoder must have been measured first."""
         return procedure_from_dict(self.procedure)
 
     @property
@@ -497,6 +514,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         absolute(content["testbed"]["demonstrations"], "source")
         for rows in content["testbed"]["preferences"]:
             absolute(rows, "source")
+    decoder = content["procedure"].get("decoder")
+    if isinstance(decoder, dict) and ":" not in decoder.get("proxy", ":"):
+        content["procedure"] = {**content["procedure"], "decoder": dict(decoder)}
+        absolute(content["procedure"]["decoder"], "proxy")
     for transform in [content["transform"], *content["compare_with"]]:
         if isinstance(transform, dict):
             absolute(transform, "file")

@@ -109,8 +109,8 @@ def _samples(
     ids = [prompt["id"] for prompt in prompts]
     texts = {label: store.column_PK("text", ids, n) for label, store in stores.items()}
     reasons = {label: store.column_PK("finish_reason", ids, n) for label, store in stores.items()}
-    # Of exactly n candidates the procedure returns the one at a fixed rank.
-    rank = int(np.argmax(procedure.selection_weights(n)))
+    # Of exactly n candidates the procedure returns the one at a fixed rank; of a fitted one a single sample is shown.
+    rank = 0 if procedure.n is None else int(np.argmax(procedure.selection_weights(n)))
     samples = []
     for p, prompt in enumerate(prompts):
         methods = {}

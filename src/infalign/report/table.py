@@ -65,6 +65,28 @@ def _judged(results: Sequence[MethodResult], labels: Sequence[str]) -> list[str]
     return lines
 
 
+def through_lines(content: Mapping[str, Any]) -> str:
+    """Win rates through a decoder itself, in sentences.
+
+    Args:
+        content: As stored by the evaluation.
+    """
+    lines = [f"Through the decoder itself ({content['decoder']}), win rate against the reference used the same way:"]
+    for entry in content["win_rates"]:
+        lines.append(f"  {entry['name']}: {_points(entry, '')}")
+    first = content["win_rates"][0]["name"]
+    for entry in content["differences"]:
+        lines.append(f"  {first} less {entry['name']}: {_points(entry, '+')}, p = {entry['p_value']:.2g}")
+    return "\n".join(lines)
+
+
+def _points(entry: Mapping[str, Any], sign: str) -> str:
+    if entry["low"] is None or entry["high"] is None:
+        return f"{100 * entry['estimate']:{sign}.1f}% (no interval)"
+    ends = f"{100 * entry['low']:{sign}.1f} to {100 * entry['high']:{sign}.1f}"
+    return f"{100 * entry['estimate']:{sign}.1f}% ({ends})"
+
+
 def with_margin(measured: Measured, scale: float) -> str:
     """The estimate with half its interval: in percent at a scale of 100, else with three digits."""
     digits = 1 if scale == 100 else 3

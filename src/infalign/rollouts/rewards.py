@@ -93,7 +93,7 @@ class FunctionReward(RewardSource):
     """
 
     def __init__(self, function: str | Callable[..., Any], *, key: str | None = None) -> None:
-        self._function = _import_function(function) if isinstance(function, str) else function
+        self._function = import_function(function) if isinstance(function, str) else function
         name = f"{getattr(self._function, '__module__', '?')}:{getattr(self._function, '__qualname__', 'function')}"
         if isinstance(function, str):
             name = function
@@ -246,7 +246,12 @@ class HTTPReward(RewardSource):
         return Scores(rewards, [error for part in parts for error in part.errors])
 
 
-def _import_function(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names, its module importable from the current folder.
+
+    Raises:
+        InputError: There is none.
+    """
     module_name, _, function_name = name.partition(":")
     mend = "Write it as module:function, with the module importable from the current folder"
     if not module_name or not function_name:
