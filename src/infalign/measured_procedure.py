@@ -52,7 +52,7 @@ class MeasuredProcedure:
             raise InputError(f"unknown key {min(unknown)}", where="procedure",
                              mend="A measured procedure has kind, decoder and rollouts_per_prompt")  # fmt: skip
         decoder = description["decoder"]
-        settings = {"function": decoder} if isinstance(decoder, str) else decoder
+        settings: Any = {"function": decoder} if isinstance(decoder, str) else decoder
         if not isinstance(settings, Mapping) or set(settings) not in (
             {"function"}, {"beam"}, {"top_p"}, {"proxy", "n"}
         ):  # fmt: skip

@@ -113,7 +113,7 @@ def test_doubts():
     few = np.array([3, 5, 1] + [0] * 100)
     assert "Only 3 prompts broke" in extrapolate(few, 64, [128], resamples=40).doubts[0]
     assert "Every prompt broke" in extrapolate(np.full(30, 9), 64, [128], resamples=40).doubts[0]
-    assert "more than 16 times" in extrapolate(sound, 64, [2000], resamples=40).doubts[0]
+    assert "more than 4 times" in extrapolate(sound, 64, [2000], resamples=40).doubts[0]
     # All prompts break at one rate: the beta-binomial sees it, the power law cannot.
     one_rate = extrapolate(rng.binomial(64, np.full(200, 0.005)), 64, [512], resamples=40)
     assert "disagree" in one_rate.doubts[-1]
