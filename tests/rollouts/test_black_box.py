@@ -73,15 +73,15 @@ def test_the_widest_beam_finds_the_likeliest_response(words, tmp_path):
 
 
 def test_the_best_of_n_by_a_proxy(words, tmp_path):
-    made, texts = run(words, tmp_path, {"proxy": f"{HERE}:many_bs", "n": 3}, count=400, length=2, prompts=PROMPTS[:1])
-    assert made == 400
+    made, texts = run(words, tmp_path, {"proxy": f"{HERE}:many_bs", "n": 3}, count=150, length=2, prompts=PROMPTS[:1])
+    assert made == 150
     every = probabilities(words, PROMPTS[0].prompt, 2)
     b = words.tokenizer.convert_tokens_to_ids("b")
     cdf = np.cumsum([sum(p for tokens, p in every.items() if tokens.count(b) == k) for k in range(3)])
     expected = np.diff(BestOfN(3).distortion(np.minimum(cdf, 1.0)), prepend=0.0)
-    said = np.bincount([text.split().count("b") for text in texts[0]], minlength=3) / 400
+    said = np.bincount([text.split().count("b") for text in texts[0]], minlength=3) / 150
     # 5 standard errors in each of three cells: false alarm rate under 2e-6.
-    assert (np.abs(said - expected) < 5 * np.sqrt(expected * (1 - expected) / 400) + 1e-9).all()
+    assert (np.abs(said - expected) < 5 * np.sqrt(expected * (1 - expected) / 150) + 1e-9).all()
 
 
 def test_a_nucleus_leaves_unlikely_words_out(words, tmp_path):
