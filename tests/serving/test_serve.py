@@ -1,6 +1,7 @@
 """`infalign serve` as its users meet it: a process, a socket, the real OpenAI client."""
 
 import asyncio
+import importlib
 import json
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import infalign as ia
 from infalign.calibration import RewardCalibrator
 from infalign.decode.decoder import Decoder
 from infalign.decode.local import LocalSampler
+from infalign.errors import InputError
 from infalign.rollouts.rewards import FunctionReward
 from tests.serving.conftest import LENGTH, REWARDS, USER
 from tests.serving.process import Served
@@ -397,3 +399,10 @@ def test_clients_that_leave_make_room(folder):
             connection.close()
         while server.get("/health")[2]["open"] > 1:
             assert time.monotonic() < end
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "infalign.serving.web", raising=False)
+    with pytest.raises(InputError, match=r"serving needs FastAPI.*pip install 'infalign\[serve\]'"):
+        importlib.import_module("infalign.serving.web")
