@@ -203,6 +203,7 @@ def main() -> None:
             prompts_per_step=16,
             num_generations=16,
             learning_rate=2e-4,
+            baseline="leave-one-out",  # the other one is known for calibrated rewards only
             kl_budget=options.kl,
             kl_prompts=train[:kept],
             seed=SEED,
