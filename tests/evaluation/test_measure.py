@@ -46,14 +46,14 @@ class TestMeasure:
             assert entry.captured.estimate == pytest.approx(share)
 
     def test_error_of_the_captured_share_agrees_with_repetition(self):
-        # The first-order error against the spread over 60 data sets, whose own standard error is 9 %: 4 of them (6e-5).
+        # The first-order error against the spread over 40 data sets, whose own standard error is 11 %: 4 of it (6e-5).
         shares, claimed = [], []
-        for seed in range(60):
+        for seed in range(40):
             result = gaussian_method("a", 1.0, seed, num_prompts=60, num_samples=8, procedures=[BestOfN(4)])
             captured = result.of("Best-of-4").captured
             shares.append(captured.estimate)
             claimed.append(captured.standard_error)
-        assert np.mean(claimed) == pytest.approx(np.std(shares, ddof=1), rel=0.37)
+        assert np.mean(claimed) == pytest.approx(np.std(shares, ddof=1), rel=0.45)
 
     def test_a_model_against_itself(self):
         rng = np.random.default_rng(1)

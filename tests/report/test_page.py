@@ -20,8 +20,9 @@ from infalign.evaluation.measure import measure
 from infalign.evaluation.results import Band, Measured, OverN
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report import curves, figures
+from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, markdown_table, write_report
-from infalign.report.words import cautions, methods_paragraph, percent, verdict
+from infalign.report.words import cautions, methods_paragraph, percent, verdict, worse_sentence
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -165,6 +166,36 @@ class TestFile:
         assert "Judged by other rewards" in text
         assert percent(aware.of("Best-of-4").judged["gold"]) in text
         assert f"{100 * aware.of('Best-of-4').win_rate.estimate:.1f}%" in text
+
+    def test_says_what_the_mean_may_hide(self, page, tmp_path):
+        text = page.read_text()
+        assert worse_sentence(two_methods()[0]) in text
+        warned = write_report(tmp_path / "a.html", report_data(warnings=[f"mind {HOSTILE}"])).read_text()
+        assert "mind &lt;/script&gt;" in warned
+        assert "img" not in [tag for tag, _ in Tags(warned).found]
+
+    def test_a_sweep_is_one_curve_by_both_rewards(self, tmp_path):
+        data = ReportData(sweep(), "Best-of-4")
+        text = write_report(tmp_path / "a.html", data).read_text()
+        assert "from the reference on. Solid: judged by reward" in text
+        look = figures.styles_of(data.results)
+        assert len({look[f"a step {step}"] for step in (10, 20, 40)}) == 1
+        figure = curves.over_kl_figure(data.results, "Best-of-4", look, ["gold"])
+        assert [(trace["name"], len(trace["x"])) for trace in figure["data"]] == [
+            ("a, by reward", 4),
+            ("a, by gold", 4),
+        ]
+        assert [trace["y"][0] for trace in figure["data"]] == [0.5, 0.5]
+        over_n = curves.win_rate_over_n_figure(data.results, "best-of-n", look)
+        assert [trace["name"] for trace in over_n["data"] if "name" in trace] == ["a step 40", "b"]
+
+    def test_markdown_says_the_same(self):
+        text = render_markdown(report_data())
+        aware, plain = two_methods()
+        assert "With Best-of-4, aware beats the reference used the same way" in text
+        assert percent(aware.of("Best-of-4").judged["gold"]) in text
+        assert worse_sentence(plain) in text
+        assert "<img" not in text.replace("\\<", "")
 
     def test_two_writes_are_equal(self, page, tmp_path):
         assert write_report(tmp_path / "again.html", report_data()).read_bytes() == page.read_bytes()
@@ -423,6 +454,11 @@ class TestBrowser:
           seen.tie = count();
           set("sample-outcome", "");
           set("sample-method", "aware");
+          set("sample-quantile", "2");
+          seen.quarter = count();
+          set("sample-quantile", "0");
+          seen.lowest = count();
+          set("sample-quantile", "");
           set("sample-order", "worst");
           seen.worst = document.querySelector(".sample h3").textContent;
           const details = document.querySelector(".sample details");
@@ -446,6 +482,8 @@ class TestBrowser:
             "loss": "10 of 30 prompts match; 8 shown.",
             "plain": "0 of 30 prompts match; 0 shown.",
             "tie": "30 of 30 prompts match; 8 shown.",
+            "quarter": "20 of 30 prompts match; 8 shown.",
+            "lowest": "0 of 30 prompts match; 0 shown.",
             "worst": "Prompt 1",
             "candidates": 2,
             "axis": "Worst-of-4 win rate",

@@ -39,6 +39,15 @@ def test_columns_line_up_and_hold_the_headline_procedures():
     assert all(row[column - 1] == " " and row[column] != " " for row in rows)
 
 
+def test_gold_rewards_have_a_table_of_their_own():
+    rng = np.random.default_rng(0)
+    ours, theirs, gold, ref_gold = rng.standard_normal((4, 20, 4))
+    measured = [measure("ours", ours, theirs, np.ones((20, 4)), [Standard()], judges={"strict": (gold, ref_gold)})]
+    lines = text_table(measured, [], 1, None).splitlines()
+    row = lines[lines.index("Judged by strict, which training never saw:") + 2]
+    assert row.split()[:2] == ["ours", f"{100 * measured[0].of('Standard').judged['strict'].estimate:.1f}"]
+
+
 def test_it_states_the_kl_reached_against_the_budget():
     # 240 log-ratios of mean 0.4 and spread 0.1, seeded.
     assert re.search(r"KL budget 0\.5 nats; reached: ours 0\.(39|40)\d \(-2\d%\)", table(0.5))

@@ -91,7 +91,12 @@
       const label = control("method").value;
       const outcome = control("outcome").value;
       const order = control("order").value;
-      const matches = (method) => (!label || method.label === label) && (!outcome || method.outcome === outcome);
+      const quarter = control("quantile").value;
+      const inQuarter = (method) => {
+        const value = chosen(method)?.calibrated ?? null;
+        return value !== null && Math.min(3, Math.floor(4 * value)) === Number(quarter);
+      };
+      const matches = (method) => (!label || method.label === label) && (!outcome || method.outcome === outcome) && (!quarter || inQuarter(method));
       found = samples.filter((sample) => sample.haystack.includes(words) && sample.methods.some(matches));
       if (order !== "given") {
         const sign = order === "worst" ? 1 : -1;
