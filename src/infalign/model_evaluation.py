@@ -136,13 +136,16 @@ def check_job(job: Job) -> list[str]:
                 mend="Write --model NAME=FOLDER to tell them apart",
             )
     for procedure in job.procedures:
-        if procedure.n is None or procedure.n > job.num_samples:
+        try:
+            for _, component in procedure.components:
+                component.selection_weights(job.num_samples)
+        except InputError as error:
             raise InputError(
-                f"{procedure.label} needs {procedure.n or 'infinitely many'} samples of each prompt, and "
-                f"there are to be {job.num_samples}",
+                f"{procedure.label} needs {procedure.n or 'more'} samples of each prompt, and there are to be "
+                f"{job.num_samples}",
                 where="--samples",
                 mend="Draw more, or leave the procedure out",
-            )
+            ) from error
     for name, source in job.gold.items():
         if source.key == job.reward.key:
             raise InputError("this is the reward itself", where=f"--gold {name}", mend="Give another judge")

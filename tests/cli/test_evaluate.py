@@ -159,6 +159,21 @@ def test_refused_before_anything_is_drawn(run, job, arguments, message):
     assert not (job / "refused").exists()
 
 
+def test_a_procedure_from_life_is_evaluated_like_any_other(run, job):
+    import numpy as np
+
+    from infalign.fitted_procedure import FittedProcedure
+
+    fitted = FittedProcedure.from_ranks(np.random.default_rng(0).uniform(size=400) ** 0.5)  # about Best-of-2
+    (job / "fitted.json").write_text(json.dumps(fitted.to_dict()))
+    arguments = ("--model", "tuned", *COMMON, "--procedures", "fitted.json,best-of-2", "--out", job / "both", "--json")
+    code, out, err = run("evaluate", *arguments)
+    assert code == 0, err
+    ours, best = json.loads(out)["results"][0]["procedures"]
+    assert ours["n"] is None
+    assert abs(ours["win_rate"]["estimate"] - best["win_rate"]["estimate"]) < 0.1
+
+
 def test_prompts_that_a_model_was_trained_on_are_refused_or_marked(run, job):
     trained = job / "trained"
     shutil.copytree(job / "tuned", trained / "policies" / "ours" / "model", dirs_exist_ok=True)
