@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--only", default="", help="The rows with this in their title.")
     given = parser.parse_args()
     print("| | answered | per second | 429 | 503 | others | median s | 95 % s | most s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -111,15 +112,20 @@ def main() -> None:
             ("local, room for 32", ("--queue", 32)),
             ("local, one request at a time", ("--queue", 128, "--batch-size", 1)),
         ):
+            if given.only not in title:
+                continue
             with Served(*local, "--max-new-tokens", 32, *more, cwd=folder) as server:
                 show(title, *asyncio.run(crowd(server.url, given.clients, given.seconds)))
                 assert server.stop() == 0
+        title = "upstream killed and restarted"
+        if given.only not in title:
+            return
         upstream, port = start_upstream(0)
         address = ("--upstream", f"http://127.0.0.1:{port}/v1", "--model-name", "policy")
         more = ("--reward", "load_rewards:numbers", "--n", 4, "--concurrency", 32)
         with Served("serve", *address, *more, cwd=folder) as server:
             outcome = asyncio.run(with_trouble(server.url, given.clients, given.seconds, upstream, port))
-            show("upstream killed and restarted", *outcome)
+            show(title, *outcome)
             assert server.stop() == 0
 
 

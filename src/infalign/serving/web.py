@@ -230,7 +230,13 @@ def run_app(
         on_stop: Called when the signal comes, while requests under way go on.
     """
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)), lifespan="off"
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        # Longer than any Retry-After: a connection must not be closed at the moment its client asks again.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(grace)),
     )
     # uvicorn raises the signal again once it has stopped: what was asked for is done, so that must not kill us.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
