@@ -282,6 +282,11 @@ class TestFigures:
         (trace,) = figure["data"]
         assert np.sum(np.diff(trace["x"]) * np.array(trace["y"][:-1])) == pytest.approx(1)
 
+    def test_a_constant_curve_stays_constant(self):
+        records = [{"step": step, "beta": 0.3} for step in range(100)]
+        (curve,) = curves.training_figure({"a": records}, figures.styles(["a"]))["data"]
+        assert set(curve["y"]) == {0.3}, "no rounding for an axis to magnify"
+
     def test_names_are_text(self):
         assert figures.styles(["<b>"])["<b>"]
         point = dataclasses.replace(two_methods()[0], label="<b>x</b>")

@@ -220,10 +220,11 @@ def training_figure(
 def _running_mean(values: Sequence[float]) -> list[float]:
     """Centred mean over about a twentieth of the series, shorter at its ends."""
     half = len(values) // 40
-    total = np.concatenate(([0.0], np.cumsum(values)))
+    start = values[0]  # sums of what is left: a constant stays one, without rounding that an axis would magnify
+    total = np.concatenate(([0.0], np.cumsum(np.subtract(values, start))))
     at = np.arange(len(values))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return list(values) if half == 0 else ((total[high] - total[low]) / (high - low)).tolist()
+    return list(values) if half == 0 else (start + (total[high] - total[low]) / (high - low)).tolist()
 
 
 def _line(n: Sequence[int], band: Band, label: str, style: Style, dash: str | None) -> dict[str, Any]:
