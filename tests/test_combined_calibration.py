@@ -112,3 +112,12 @@ def test_rewards_that_do_not_fit_are_refused():
         fitted.ranks(np.full((2, 1, 2), np.nan))
     with pytest.raises(InputError, match="shape"):
         CombinedCalibrator([1, 1]).fit(np.zeros((2, 3)))
+
+
+def test_references_are_ranked_among_the_others_of_their_prompt():
+    """By hand: quantile sums among the other two are 1.5, 0 and 1.5, so that two tie above one."""
+    refs_PKM = [[[3.0, 5.0], [1.0, 4.0], [2.0, 6.0]]]
+    ranks, ties = CombinedCalibrator([1, 1]).fit(refs_PKM).reference_ranks_and_ties()
+    assert (ranks.tolist(), ties.tolist()) == ([1.5, 0.0, 1.5], [1, 0, 1])
+    ranks, ties = CombinedCalibrator([1, 1]).fit(refs_PKM).ranks_and_ties([[[2.5, 5.5]]])
+    assert ranks.shape == ties.shape == (1, 1)

@@ -157,6 +157,31 @@ class RewardCalibrator:
         below, equal, num_ref = self._compare(flat, prompt_R)
         return self._shaped(resolve_ties(below, equal - 1, self.ties, self._rng) / (num_ref - 1))
 
+    def ranks_and_ties(
+        self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None
+    ) -> tuple[FloatArray, IntArray]:
+        """As `ranks`, and with how many references each reward ties; both in the shape of `rewards`.
+
+        The number is 0 under a tie rule that resolves ties. `theory.finite_k.tilt_at_ranks` needs it for an exact
+        normaliser (M6) where rewards take few values.
+        """
+        below, equal, _ = self._compare(rewards, prompt_index)
+        return ranks_and_ties_left(below, equal, self.ties, self._rng)
+
+    def reference_ranks_and_ties(self) -> tuple[FloatArray, IntArray]:
+        """Ranks in 0..K−1 of the references themselves among the K − 1 others of their prompt, and their ties there.
+
+        Returns:
+            Two flat arrays, prompt by prompt, in the order given to `fit` (without what a mask left out).
+
+        Raises:
+            InputError: A prompt has a single reference.
+        """
+        self.calibrate_references()  # refuses a single reference
+        flat, _ = self._fitted()
+        below, equal, _ = self._compare(flat, np.repeat(np.arange(self.num_prompts), self.num_ref_P))
+        return ranks_and_ties_left(below, equal - 1, self.ties, self._rng)
+
     @property
     def tie_mass_P(self) -> FloatArray:  # noqa: N802
         """Share of the pairs of references of each prompt that have equal rewards, shape (P,); 0 where K = 1."""
@@ -406,6 +431,13 @@ def _bisect(ordered: FloatArray, starts: IntArray, scores_B: FloatArray, index_B
         left_to_search = left_to_search - half
     base_B += compare(ordered.take(base_B), scores_B)
     return base_B.astype(np.int64)
+
+
+def ranks_and_ties_left(
+    below: IntArray, equal: IntArray, ties: Ties, rng: np.random.Generator
+) -> tuple[FloatArray, IntArray]:
+    """Ranks by the tie rule, and how many ties it leaves open: all of them as mid-ranks, none otherwise."""
+    return resolve_ties(below, equal, ties, rng), equal if ties == "midrank" else np.zeros_like(equal)
 
 
 def resolve_ties(below: IntArray, equal: IntArray, ties: Ties, rng: np.random.Generator) -> FloatArray:

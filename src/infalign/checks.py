@@ -12,6 +12,7 @@ from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
 from infalign.measured_procedure import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
+from infalign.recipe_baselines import baseline_name
 from infalign.rollouts.rewards import FunctionReward, import_function
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
@@ -19,6 +20,8 @@ from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
+from infalign.training.methods import is_online
+from infalign.training.offline import check_offline
 from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -47,10 +50,32 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     prompts = _check_prompts(recipe)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
     check_reward(recipe, prompts)
-    check_training(
-        max_new_tokens=recipe.rollouts.max_new_tokens, **recipe.training.model_dump(exclude={"keep_checkpoints"})
-    )
+    _check_training(recipe)
     return _plan_text(recipe, out, len(prompts) or None, policy)
+
+
+def _check_training(recipe: Recipe) -> None:
+    """Refuse settings that a solver or baseline of the recipe would stumble over."""
+    training = recipe.training
+    if training.solver == "online" or any(is_online(one) for one in recipe.baselines):
+        settings = {key: value for key, value in training.online.items() if key != "keep_checkpoints"}
+        check_training(max_new_tokens=recipe.rollouts.max_new_tokens, **settings)
+    if len(recipe.reward) > 1 and any(is_online(one) for one in recipe.baselines):
+        raise InputError(
+            "a baseline on raw rewards needs one reward: several have no common scale",
+            where="compare_with",
+            mend="Leave it out, or give one reward",
+        )
+    widths = {1} if training.solver != "online" else set()
+    widths |= {1 if one["baseline"] == "qrpo" else 2 for one in recipe.baselines if not is_online(one)}
+    for width in widths:
+        check_offline(
+            steps=training.steps,
+            examples_per_step=training.prompts_per_step * training.num_generations // width,
+            learning_rate=training.learning_rate,
+            lora=training.lora,
+            trainer=training.offline,
+        )
 
 
 def check_writable(out: Path) -> None:
@@ -270,14 +295,17 @@ def _procedure_label(recipe: Recipe) -> str:
 
 
 def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str, Any] | None) -> dict[str, Any]:
-    names = [transform_name(t) for t in recipe.transforms]
+    transforms = [transform_name(t) for t in recipe.transforms]
+    baselines = [baseline_name(b) for b in recipe.baselines]
+    names = [*transforms, *baselines]
     training, rollouts, evaluation = recipe.training, recipe.rollouts, recipe.evaluation
     reference_rollouts = recipe.prompts.train * rollouts.num_ref
     training_rollouts = training.steps * training.prompts_per_step * training.num_generations * len(names)
     evaluation_rollouts = recipe.prompts.evaluation * evaluation.num_samples * (len(names) + 1)
     lines = [
         f"Recipe {recipe.name}, run folder {out}",
-        f"Procedure: {_procedure_label(recipe)}; transforms: {', '.join(names)}; "
+        f"Procedure: {_procedure_label(recipe)}; transforms: {', '.join(transforms)}; "
+        + (f"baselines: {', '.join(baselines)}; " if baselines else "")
         + (f"KL budget {recipe.kl_budget} nats" if recipe.kl_budget is not None else f"beta {recipe.beta}"),
     ]
     if recipe.testbed is not None:
@@ -287,8 +315,8 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
         lines.append(f"Prompts: {prompts}, of up to {wanted.train} to train on and {wanted.evaluation} to evaluate")
     lines += [
         f"Reference rollouts: up to {recipe.prompts.train} prompts × {rollouts.num_ref} = {reference_rollouts:,}",
-        f"Training: {len(names)} × {training.steps} steps of {training.prompts_per_step} × {training.num_generations} "
-        f"= {training_rollouts:,} rollouts",
+        f"Training ({training.solver}): {len(names)} × {training.steps} steps of {training.prompts_per_step} × "
+        f"{training.num_generations} = {training_rollouts:,} rollouts",
         f"Evaluation: {len(names) + 1} models × up to {recipe.prompts.evaluation} prompts × {evaluation.num_samples} "
         f"= {evaluation_rollouts:,} rollouts",
     ]

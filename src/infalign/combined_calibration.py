@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from infalign.calibration import FloatArray, IntArray, RewardCalibrator, Ties, resolve_ties
+from infalign.calibration import FloatArray, IntArray, RewardCalibrator, Ties, ranks_and_ties_left, resolve_ties
 from infalign.errors import InputError, StorageError
 
 _CHUNK = 1 << 22  # numbers held at once while ranking
@@ -111,6 +111,28 @@ class CombinedCalibrator:
         """
         below, equal, _ = self._compare(rewards, prompt_index)
         return resolve_ties(below, equal, self.ties, self._rng)
+
+    def ranks_and_ties(
+        self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None
+    ) -> tuple[FloatArray, IntArray]:
+        """As `ranks`, and with how many references each response ties; see `RewardCalibrator.ranks_and_ties`."""
+        below, equal, _ = self._compare(rewards, prompt_index)
+        return ranks_and_ties_left(below, equal, self.ties, self._rng)
+
+    def reference_ranks_and_ties(self) -> tuple[FloatArray, IntArray]:
+        """Ranks in 0..K−1 of the references themselves; see `RewardCalibrator.reference_ranks_and_ties`.
+
+        The pool by which they are judged is the K references alone.
+        """
+        score_PK = _rounded(self._ranks_PKM @ self.weights)  # NaN where there is none
+        below: list[IntArray] = []
+        equal: list[IntArray] = []
+        for row, valid in zip(score_PK, self._valid_PK, strict=True):
+            scores = row[valid]
+            ordered = np.sort(scores)
+            below.append(np.searchsorted(ordered, scores, side="left"))
+            equal.append(np.searchsorted(ordered, scores, side="right") - below[-1] - 1)
+        return ranks_and_ties_left(np.concatenate(below), np.concatenate(equal), self.ties, self._rng)
 
     def calibrate(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> FloatArray:
         """Calibrated combined rewards in [0, 1]; arguments, shape and errors as for `ranks`."""

@@ -178,7 +178,16 @@ class Pipeline:
         self._stage(
             "plan",
             "calibrate",
-            {**chosen, "transforms": recipe.transforms, "files": files, "num_ref": recipe.rollouts.num_ref},
+            {
+                **chosen,
+                "transforms": recipe.transforms,
+                "files": files,
+                "num_ref": recipe.rollouts.num_ref,
+                # What a baseline's β spends is found on the references themselves.
+                **(
+                    {"baselines": recipe.baselines, "scores": self._print_of("calibration")} if recipe.baselines else {}
+                ),
+            },
             ["plan.json"],
             stages.make_plan,
             title="Choose beta and transforms",
@@ -192,7 +201,7 @@ class Pipeline:
             lines.append(f"{summary['unscored']} unscored rollouts take no part; {few}")
         if summary.get("report"):
             lines.extend(calibration_lines(CalibrationReport.from_dict(summary["report"])))
-        for entry in plan["transforms"]:
+        for entry in (*plan["transforms"], *plan.get("baselines", ())):
             lines.append(f"{entry['name']}: beta {entry['beta']:.4g} for a planned KL of {plan['kl']:.3f} nats")
         if plan["win_rate_lost"] is not None:
             told = f"{plan['num_ref']} references per prompt cost {100 * plan['win_rate_lost']:.1f} points of win rate"
@@ -264,10 +273,10 @@ class Pipeline:
                 "train",
                 {
                     "calibration": self._print_of("calibration"),
-                    "transform": fingerprint(planned.transform.to_dict()),
+                    "transform": fingerprint(planned.baseline or planned.transform.to_dict()),
                     "beta": planned.beta,
                     "kl_budget": recipe.kl_budget,
-                    "training": recipe.training.model_dump(exclude={"save_steps"}),
+                    "training": planned.training_settings(recipe.training),
                     "seed": recipe.seed,
                 },
                 [f"policies/{name}"],

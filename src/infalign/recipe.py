@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from infalign.errors import InputError, StorageError
 from infalign.measured_procedure import MeasuredProcedure
 from infalign.procedures import InferenceProcedure, procedure_from_dict
+from infalign.recipe_baselines import baseline_name, baseline_value
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
@@ -52,6 +53,11 @@ def _transform_value(value: Any) -> Any:
     )
 
 
+def _compared_value(value: Any) -> Any:
+    """A transform, or a baseline: `{baseline: raw}`."""
+    return baseline_value(value) if isinstance(value, Mapping) and "baseline" in value else _transform_value(value)
+
+
 def _exponent(value: float | str) -> float:
     """A finite number; also from text, for to YAML 1e2 is text."""
     try:
@@ -64,6 +70,7 @@ def _exponent(value: float | str) -> float:
 
 Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
 Transform = Annotated[str | dict[str, Any], BeforeValidator(_transform_value)]
+Compared = Annotated[str | dict[str, Any], BeforeValidator(_compared_value)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -247,7 +254,9 @@ class Calibration(_Section):
 
 
 class Training(_Section):
-    """The online solver; `rloo` takes any further field of TRL's RLOOConfig."""
+    """How the policy is trained; `rloo` takes any further field of TRL's RLOOConfig, `offline` of TrainingArguments."""
+
+    solver: Literal["online", "offline-regression", "weighted-likelihood", "mixed"] = "online"
 
     steps: Count = 200
     prompts_per_step: Count = 16
@@ -257,7 +266,14 @@ class Training(_Section):
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`
+    refresh_every: Annotated[int, Field(ge=2)] = 10  # steps between fresh rollouts; for solver: mixed
     rloo: dict[str, Any] = {}
+    offline: dict[str, Any] = {}
+
+    @property
+    def online(self) -> dict[str, Any]:
+        """What the online solver takes."""
+        return self.model_dump(exclude={"solver", "refresh_every", "offline"})
 
 
 class Evaluation(_Section):
@@ -294,7 +310,7 @@ class Recipe(_Section):
     rollouts: Rollouts = Rollouts()
     calibration: Calibration = Calibration()
     transform: Transform = "optimal"
-    compare_with: list[Transform] = ["identity"]
+    compare_with: list[Compared] = ["identity"]
     beta: Positive | None = None
     kl_budget: Positive | None = None
     training: Training = Training()
@@ -329,9 +345,14 @@ class Recipe(_Section):
         for gold in self.evaluation.gold:
             if (gold.model, gold.function, gold.url) in trained:
                 raise ValueError(f"the gold reward {gold.label} is trained on, so it tells nothing new")
-        names = [transform_name(t) for t in self.transforms]
+        names = [*map(transform_name, self.transforms), *map(baseline_name, self.baselines)]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
+        if self.training.solver != "online" and "self-consistent" in names:
+            raise ValueError(
+                f"the self-consistent transform follows the policy's own rollouts; with training.solver "
+                f"{self.training.solver} use optimal"
+            )
         if "reference" in names:
             raise ValueError("a transform file cannot be called reference: its name names the aligned policy")
         return self
@@ -339,7 +360,13 @@ class Recipe(_Section):
     @property
     def transforms(self) -> list[str | dict[str, Any]]:
         """The recipe's transform and those it is compared with."""
-        return [self.transform, *self.compare_with]
+        others = [one for one in self.compare_with if not (isinstance(one, dict) and "baseline" in one)]
+        return [self.transform, *others]
+
+    @property
+    def baselines(self) -> list[dict[str, Any]]:
+        """The baselines it is compared with."""
+        return [one for one in self.compare_with if isinstance(one, dict) and "baseline" in one]
 
     @property
     def measured_procedure(self) -> MeasuredProcedure | None:

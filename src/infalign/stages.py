@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,11 @@ from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
 from infalign.inputs import split_prompts, testbed_text
 from infalign.model_card import CardFacts, write_model_card
-from infalign.recipe import GoldReward, Recipe, RolloutEndpoint
+from infalign.recipe import GoldReward, Recipe, RolloutEndpoint, Training
+from infalign.recipe_baselines import baseline_name
 from infalign.report.build import build_report
 from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
+from infalign.rollouts.fill import compute_logprobs
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
 from infalign.rollouts.models import load_policy, load_tokenizer
@@ -37,28 +39,57 @@ from infalign.run_rewards import RunRewards, open_reward, scored_by_all
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.plan import optimum_at_kl
+from infalign.training.fresh import FreshRollouts
 from infalign.training.landing import Landing
-from infalign.training.online import align
+from infalign.training.losses import OfflineLoss
+from infalign.training.methods import baseline_beta, baseline_loss, baseline_reward, is_online, solver_loss
+from infalign.training.offline import OfflineResult, align_offline
+from infalign.training.online import AlignmentResult, align
+from infalign.training.pool import RolloutPool, stored_rollouts
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.transforms import RewardTransform, transform_from_dict
+from infalign.transforms import Identity, RewardTransform, transform_from_dict
 
 
 @dataclass(frozen=True)
 class PlannedTransform:
-    """A transform to align with, and the β that theory gives it."""
+    """A transform to align with, or a baseline, and its β at the planned KL."""
 
     name: str
-    transform: RewardTransform | SelfConsistentTransform
+    transform: RewardTransform | SelfConsistentTransform  # the identity for a baseline, which has none
     beta: float
+    baseline: dict[str, Any] | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
         """Inverse of what `plan.json` holds."""
+        if "baseline" in content:
+            return cls(content["name"], Identity(), content["beta"], content["baseline"])
         described = content["transform"]
         own = described["kind"] == SelfConsistentTransform.label
         transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
         return cls(content["name"], transform, content["beta"])
+
+    def trains_online(self, solver: str) -> bool:
+        """Whether it is trained by the online solver, where the recipe's transforms use `solver`."""
+        return solver == "online" if self.baseline is None else is_online(self.baseline)
+
+    def training_settings(self, training: Training) -> dict[str, Any]:
+        """The settings that decide what its training gives."""
+        if self.trains_online(training.solver):
+            return training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline"})
+        shared = {
+            "steps",
+            "prompts_per_step",
+            "num_generations",
+            "learning_rate",
+            "lora",
+            "keep_checkpoints",
+            "offline",
+        }
+        if self.baseline is None:
+            shared |= {"solver", "refresh_every"} if training.solver == "mixed" else {"solver"}
+        return training.model_dump(include=shared)
 
 
 class Stages:
@@ -179,8 +210,14 @@ class Stages:
             "num_ref": recipe.rollouts.num_ref,
             "win_rate_lost": self._win_rate_lost(kl),
             "transforms": planned,
+            "baselines": [self._plan_baseline(described, kl) for described in recipe.baselines],
         }
         write_json(self.out / "plan.json", content)
+
+    def _plan_baseline(self, described: dict[str, Any], kl: float) -> dict[str, Any]:
+        ids = self.prompts("train").ids
+        beta = baseline_beta(described, self.rewards.source(), self.calibrator(), ids, kl)
+        return {"name": baseline_name(described), "baseline": described, "beta": beta}
 
     def _win_rate_lost(self, kl: float) -> float | None:
         """What this many references cost the optimal transform in theory; None where they cannot spend this KL."""
@@ -194,28 +231,56 @@ class Stages:
     # --- training ---
 
     def align(self, planned: PlannedTransform, progress: Progress) -> None:
-        """Align the reference with one transform."""
-        recipe, prompts = self.recipe, self.prompts("train")
+        """Align the reference with one transform, by the recipe's solver, or with one baseline."""
+        recipe, prompts, training = self.recipe, self.prompts("train"), self.recipe.training
         # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
         kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
-        result = align(
-            self.reference,
-            self.out / "policies" / planned.name,
-            prompts[kept:],
-            self.transformed_reward(planned),
-            max_new_tokens=recipe.rollouts.max_new_tokens,
-            kl_budget=recipe.kl_budget,
-            kl_prompts=prompts[:kept],
-            seed=recipe.seed,
-            trust_remote_code=recipe.policy.trust_remote_code,
-            allow_pickle=recipe.policy.allow_pickle,
-            progress=progress,
-            **recipe.training.model_dump(),
-        )
+        out = self.out / "policies" / planned.name
+        common: dict[str, Any] = {
+            "max_new_tokens": recipe.rollouts.max_new_tokens,
+            "kl_budget": recipe.kl_budget,
+            "kl_prompts": prompts[:kept],
+            "seed": recipe.seed,
+            "trust_remote_code": recipe.policy.trust_remote_code,
+            "allow_pickle": recipe.policy.allow_pickle,
+            "progress": progress,
+        }
+        if planned.trains_online(training.solver):
+            reward = self.transformed_reward(planned)
+            result: AlignmentResult | OfflineResult = align(
+                self.reference, out, prompts[kept:], reward, **common, **training.online
+            )
+        else:
+            mixed = planned.baseline is None and training.solver == "mixed"
+            result = align_offline(
+                self.reference,
+                out,
+                self._stored_rollouts(prompts[kept:], progress),
+                self._loss(planned),
+                rollouts_per_step=training.prompts_per_step * training.num_generations,
+                trainer=training.offline,
+                fresh=self._fresh_rollouts(planned) if mixed else None,
+                **common,
+                **training.model_dump(include={"steps", "learning_rate", "lora", "save_steps", "keep_checkpoints"}),
+            )
         if processes.is_main():
             if result.landing is not None:
                 self.say(f"  {result.landing}")
             self._write_card(planned, None)
+
+    def _loss(self, planned: PlannedTransform) -> OfflineLoss:
+        if planned.baseline is not None:
+            return baseline_loss(planned.baseline, planned.beta)
+        return solver_loss(self.recipe.training.solver, planned.transform, planned.beta)
+
+    def _fresh_rollouts(self, planned: PlannedTransform) -> FreshRollouts:
+        training = self.recipe.training
+        return FreshRollouts(
+            self.transformed_reward(planned),
+            every=training.refresh_every,
+            num_prompts=training.prompts_per_step,
+            num_samples=training.num_generations,
+        )
 
     def _write_card(self, planned: PlannedTransform, result: MethodResult | None) -> None:
         """The model card of an aligned policy, with what was measured if that is known."""
@@ -249,6 +314,16 @@ class Stages:
             result=result,
         )
         write_model_card(folder, facts)
+
+    def _stored_rollouts(self, prompts: Sequence[Prompt], progress: Progress) -> RolloutPool:
+        """The reference rollouts of these prompts; what a server did not give is computed first."""
+        store, everyone, num_ref = self.store("reference"), self.prompts("train"), self.recipe.rollouts.num_ref
+        if processes.is_main() and store.table(["logprob"])["logprob"].null_count:
+            model, tokenizer = self._load(self.reference)
+            compute_logprobs(store, model, tokenizer, everyone, progress=progress)
+        processes.wait_for_all()
+        scored_PK = scored_by_all(self.rewards.read_PKM(store, everyone.ids, num_ref))
+        return stored_rollouts(store, prompts, self.calibrator(), everyone.ids, scored_PK=scored_PK)
 
     # --- evaluation ---
 
@@ -347,14 +422,21 @@ class Stages:
         return kind.load(self.out / "calibration" / "calibrator")
 
     def transformed_reward(self, planned: PlannedTransform) -> TransformedReward:
-        """What training with one transform maximises."""
-        return TransformedReward(
-            self.rewards.source(),
-            self.calibrator(),
-            self.prompts("train").ids,
-            planned.transform,
-            planned.beta,
-            procedure=self.recipe.target_procedure,
+        """What online training with one transform or baseline maximises.
+
+        Raises:
+            InputError: If the baseline is a loss on stored rollouts.
+        """
+        source, calibrator, ids = self.rewards.source(), self.calibrator(), self.prompts("train").ids
+        if planned.baseline is None:
+            return TransformedReward(
+                source, calibrator, ids, planned.transform, planned.beta, procedure=self.recipe.target_procedure
+            )
+        if not is_online(planned.baseline):
+            raise InputError(f"{planned.name} is a loss on stored rollouts, not a reward", where="compare_with",
+                             mend="Choose a transform, or the baseline raw, standardised or log-sigmoid")  # fmt: skip
+        return baseline_reward(
+            planned.baseline, source, calibrator, ids, planned.beta, procedure=self.recipe.target_procedure
         )
 
     def policy_folder(self, name: str) -> Path:
@@ -362,8 +444,9 @@ class Stages:
         return self.out / "policies" / name / "model"
 
     def planned(self) -> list[PlannedTransform]:
-        """The transforms to align with; known once the plan is made."""
-        return [PlannedTransform.from_dict(entry) for entry in self.read_json("plan.json")["transforms"]]
+        """The transforms and baselines to align with; known once the plan is made."""
+        plan = self.read_json("plan.json")
+        return [PlannedTransform.from_dict(entry) for entry in (*plan["transforms"], *plan.get("baselines", ()))]
 
     def prompts(self, side: str) -> PromptSet:
         """The prompts of one side: `train` or `evaluation`."""

@@ -89,12 +89,16 @@ class Testbed:
 
     def distance(self, model_folder: Path, reward: TransformedReward) -> list[float]:
         """Total variation between a trained policy and the optimum, for each prompt."""
+        return self.distances(model_folder, [self.optimum(reward, index)[0] for index in range(len(PROMPTS))])
+
+    def distances(self, model_folder: Path, targets: list[np.ndarray]) -> list[float]:
+        """Total variation between a trained policy and a distribution over the responses, for each prompt."""
         model, tokenizer = load_policy(model_folder)
         out = []
         for index, prompt in enumerate(PROMPTS):
             reached = enumerate_responses(model, tokenizer, prompt.prompt)
             probabilities = np.exp([reached[s] for s in self.responses[index]])
-            out.append(0.5 * float(np.abs(probabilities - self.optimum(reward, index)[0]).sum()))
+            out.append(0.5 * float(np.abs(probabilities - targets[index]).sum()))
         return out
 
     def kl(self, model_folder: Path) -> float:

@@ -42,6 +42,14 @@ def test_a_tie_keeps_the_normaliser_exact():
     assert np.exp(tied) == pytest.approx((np.exp(table[1]) + np.exp(table[2])) / 2)
 
 
+def test_many_ties_keep_the_normaliser_exact():
+    """Equal to three of four references: the four ranks from below to above them are equally likely (M6)."""
+    reward = make(Exponential(3.0), beta=0.5, references=((1.0, 2.0, 2.0, 2.0), (0.0,)))
+    table = rank_conditional_tilt(Exponential(3.0), 0.5, 4) / 0.5
+    (tied,) = reward(["?"], ["xx"], prompt_id=["p"])
+    assert np.exp(tied) == pytest.approx(np.exp(table[1:5]).mean())
+
+
 def test_the_log_transform_stays_finite_below_all_references():
     assert np.isfinite(make(Log(), beta=1 / 3)(["?"], [""], prompt_id=["q"])).all()
 

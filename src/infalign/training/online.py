@@ -7,10 +7,8 @@ coefficient is 1.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,8 +34,10 @@ from infalign.training.running import (
     last_checkpoint,
     lora_config,
     out_of_memory,
+    read_result,
     refuse_adapter,
     run_trainer,
+    write_result,
 )
 from infalign.training.steering import Steering, TrainingStep
 from infalign.training.step_report import StepReport
@@ -160,7 +160,7 @@ def align(
         landing = land(trained, reference, tokenizer, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
         trained.save_pretrained(out / "model")
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
-    _write_result(result, out, keep_checkpoints)
+    write_result(out, result.beta, result.steps, result.landing, keep_checkpoints)
     return result
 
 
@@ -318,27 +318,7 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])
 
 
-def _write_result(result: AlignmentResult, out: Path, keep_checkpoints: bool) -> None:
-    content = {
-        "beta": result.beta,
-        "landing": None if result.landing is None else asdict(result.landing),
-        "steps": [asdict(step) for step in result.steps],
-    }
-    temporary = out / "result.json.tmp"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(out / "result.json")  # last: a folder without it is unfinished
-    if not keep_checkpoints:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    for path in (out / "checkpoints").glob("checkpoint-*/*"):
-        if path.suffix in (".pt", ".pth", ".bin"):  # what only going on would need, in pickles: not part of a model
-            path.unlink()
-
-
 def _read_result(out: Path) -> AlignmentResult:
-    content = json.loads((out / "result.json").read_text())
-    return AlignmentResult(
-        model=out / "model",
-        beta=content["beta"],
-        steps=[TrainingStep(**step) for step in content["steps"]],
-        landing=None if content["landing"] is None else Landing(**content["landing"]),
-    )
+    content = read_result(out)
+    return AlignmentResult(out / "model", content["beta"], [TrainingStep(**step) for step in content["steps"]],
+                           content["landing"])  # fmt: skip

@@ -101,16 +101,22 @@ class TransformedReward:
 
     def calibrate(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
         """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,), or (B, M) of several sources."""
-        return self.calibrator.calibrate(rewards, prompt_index=self._rows(prompt_id))
+        return self.calibrator.calibrate(rewards, prompt_index=self.rows(prompt_id))
 
     def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
         """Φ_K(b)/β in nats (M6), shape (B,), of raw `rewards`, shape (B,), or (B, M) of several sources."""
-        rows = self._rows(prompt_id)
-        return self._tilt_of_ranks(self.calibrator.ranks(rewards, prompt_index=rows), self.calibrator.num_ref_P[rows])
+        rows = self.rows(prompt_id)
+        rank_B, ties_B = self.calibrator.ranks_and_ties(rewards, prompt_index=rows)
+        num_ref_B = self.calibrator.num_ref_P[rows]
+        out_B = np.empty(len(rank_B))
+        for num_ref in np.unique(num_ref_B):
+            of_K = num_ref_B == num_ref
+            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K], ties_B[of_K])
+        return out_B
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
         """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6), in nats, shape (B,)."""
-        num_ref_B = self.calibrator.num_ref_P[self._rows(prompt_id)]
+        num_ref_B = self.calibrator.num_ref_P[self.rows(prompt_id)]
         out_B = np.empty(len(num_ref_B))
         for num_ref in np.unique(num_ref_B):
             table = self._tilt_table(int(num_ref))
@@ -153,7 +159,7 @@ class TransformedReward:
             )
         rewards = self.score(prompts, completions, prompt_id, **columns)
         ranked = self._rank(rewards, prompt_id)
-        tilt_B = self._tilt_of_ranks(ranked.rank_B, ranked.num_ref_B)
+        tilt_B = self.tilt(rewards, prompt_id)
         # Called by a trainer, every process does this at the same time: the state is then that of all their rollouts.
         self.ranked = ranked if log_metric is None else ranked.of_all_processes()
         won_P = None if self.procedure is None else self.ranked.win_rate_P(self.procedure)
@@ -178,7 +184,7 @@ class TransformedReward:
             RewardError: If the source leaves a response without a finite score.
         """
         if self._prompt_of:
-            self._rows(prompt_id)
+            self.rows(prompt_id)
             columns |= columns_of([self._prompt_of[i] for i in prompt_id], self._columns)
         scores = self.source.score_rows(prompts, completions, **{**columns, "prompt_id": list(prompt_id)})
         rewards = scores.rewards
@@ -215,12 +221,17 @@ class TransformedReward:
             self.transform.cdf = np.array(state["cdf"])
 
     def _rank(self, rewards: Float, prompt_id: Sequence[str]) -> RankedRollouts:
-        rows = self._rows(prompt_id)
+        rows = self.rows(prompt_id)
         below_B, equal_B = self.calibrator.compare(rewards, prompt_index=rows)
         rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
         return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B)
 
-    def _rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
+    def rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
+        """Which of the calibrator's rows belong to these prompts, shape (B,).
+
+        Raises:
+            InputError: If the calibrator does not know one of them.
+        """
         try:
             return np.array([self._row_of[i] for i in prompt_id], dtype=np.intp)
         except KeyError as missing:
@@ -229,13 +240,6 @@ class TransformedReward:
                 where="TransformedReward",
                 mend="Draw reference rollouts for every training prompt first",
             ) from None
-
-    def _tilt_of_ranks(self, rank_B: Float, num_ref_B: NDArray[np.integer]) -> Float:
-        out_B = np.empty(len(rank_B))
-        for num_ref in np.unique(num_ref_B):
-            of_K = num_ref_B == num_ref
-            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K])
-        return out_B
 
     def _tilt_table(self, num_ref: int) -> Float:
         if num_ref not in self._tilt_of_K:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from infalign.errors import InputError, TrainingError
+from infalign.training.landing import Landing
 
 STATE = "infalign_state.json"  # what a solver keeps beside the trainer's own checkpoint, written last
 ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
@@ -84,3 +87,35 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
     except (TypeError, ValueError) as error:
         raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
+
+
+def write_result(out: Path, beta: float, steps: Sequence[Any], landing: Landing | None, keep_checkpoints: bool) -> None:
+    """Write `result.json`, the last file of a training: a folder without it is unfinished. Tidy up the checkpoints.
+
+    Args:
+        out: Folder of the training.
+        beta: Final KL coefficient.
+        steps: What every step saw, dataclasses.
+        landing: How the KL budget was met.
+        keep_checkpoints: Keep the model of every checkpoint.
+    """
+    content = {
+        "beta": beta,
+        "landing": None if landing is None else asdict(landing),
+        "steps": [asdict(step) for step in steps],
+    }
+    temporary = out / "result.json.tmp"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(out / "result.json")
+    if not keep_checkpoints:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for path in (out / "checkpoints").glob("checkpoint-*/*"):
+        if path.suffix in (".pt", ".pth", ".bin"):  # what only going on would need, in pickles: not part of a model
+            path.unlink()
+
+
+def read_result(out: Path) -> dict[str, Any]:
+    """What `write_result` wrote: beta, steps (as dictionaries) and landing."""
+    content = json.loads((out / "result.json").read_text())
+    content["landing"] = None if content["landing"] is None else Landing(**content["landing"])
+    return content

@@ -1,0 +1,123 @@
+"""Solvers and baselines by name, through the whole pipeline on a toy model."""
+
+import json
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from infalign.errors import InputError
+from infalign.pipeline import Pipeline
+from infalign.recipe import load_recipe, parse_recipe
+from infalign.recipe_baselines import baseline_name
+from infalign.testbed.toy import random_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+RECIPE = """
+name: tiny
+policy: {model: policy}
+reward: {function: "toy_rewards:vowels"}
+prompts: {source: prompts.jsonl, train: 6, evaluation: 4, held_out: 0.5}
+procedure: best-of-2
+rollouts: {num_ref: 8, max_new_tokens: 4}
+beta: 0.2
+transform: identity
+compare_with: [{baseline: raw}, {baseline: standardised}, {baseline: log-sigmoid}, {baseline: qrpo},
+  {baseline: dpo, n: 4}, {baseline: ipo}, {baseline: bonbon, n: 2}]
+training: {steps: 2, prompts_per_step: 2, num_generations: 4, learning_rate: 1.0e-3, solver: offline-regression}
+evaluation: {num_samples: 4, procedures: [standard, best-of-2]}
+"""
+REWARDS = """
+def vowels(prompts, completions):
+    return [sum(c in "aeiou" for c in text) + len(text) / 100 for text in completions]
+"""
+
+
+class Recorder:
+    def __init__(self):
+        self.done = []
+
+    def say(self, text):
+        pass
+
+    @contextmanager
+    def stage(self, title):
+        self.done.append(title)
+        yield lambda done, total, text: None
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    random_llama(folder / "policy", None, hidden_size=16, seed=1)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}: "}) + "\n" for word in words))
+    (folder / "toy_rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def run(job, out, *overrides, only=None):
+    recorder = Recorder()
+    return Pipeline(load_recipe(job / "recipe.yaml", overrides), out, recorder).run(only), recorder.done
+
+
+@pytest.mark.slow
+def test_every_solver_and_baseline_is_trained_and_evaluated_like_the_others(job, tmp_path):
+    names = ["identity", "raw", "standardised", "log-sigmoid", "qrpo", "dpo-n4", "ipo", "bonbon-n2"]
+    result, done = run(job, tmp_path)
+    assert [one["label"] for one in result["results"]] == names
+    assert [title for title in done if title.startswith("Align")] == [f"Align ({name})" for name in names]
+    betas = {entry["name"]: entry["beta"] for entry in json.loads((tmp_path / "plan.json").read_text())["baselines"]}
+    assert betas["qrpo"] == pytest.approx(0.2), "the identity's, for it is the same optimum"
+    assert betas["dpo-n4"] == 0.1
+    assert (tmp_path / "policies" / "dpo-n4" / "model" / "README.md").exists()
+    steps = (tmp_path / "policies" / "ipo" / "steps.jsonl").read_text().splitlines()
+    assert json.loads(steps[0])["kl"] is None, "pairs chosen by their reward are no draws of the reference"
+
+    # Another solver redoes what it trains, and that alone; settings of the online solver do not touch the offline ones.
+    _, done = run(job, tmp_path, "training.solver=mixed", "training.refresh_every=2", only="train")
+    assert done == ["Align (identity)"]
+    _, done = run(job, tmp_path, "training.solver=weighted-likelihood", only="train")
+    assert done == ["Align (identity)"]
+    _, done = run(
+        job, tmp_path, "training.solver=weighted-likelihood", "training.rloo={weight_decay: 0.1}", only="train"
+    )
+    assert done == ["Align (raw)", "Align (standardised)", "Align (log-sigmoid)"]
+    _, done = run(job, tmp_path, "training.solver=online", "training.rloo={weight_decay: 0.1}", only="train")
+    assert done == ["Align (identity)"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare_with=[{baseline: rawr}]", r"compare_with.*unknown baseline 'rawr'; did you mean raw\?"),
+        ("compare_with=[{baseline: nothing-like-it}]", "there are: raw, standardised"),
+        ("compare_with=[{baseline: raw, n: 4}]", "raw has no setting 'n'; it takes none"),
+        ("compare_with=[{baseline: dpo, n: 1}]", "n of the baseline dpo must be a whole number of at least 2, not 1"),
+        ("compare_with=[{baseline: log-sigmoid, quantile: 85}]", "between 0 and 1"),
+        ("compare_with=[{baseline: dpo}, {baseline: dpo}]", "repeats"),
+        ("training.solver=offline", "training.solver: "),
+        ("training.refresh_every=1", r"training\.refresh_every: "),
+        ("transform=self-consistent", "self-consistent transform follows the policy's own rollouts"),
+        ("transform={baseline: raw}", "a transform is one of"),
+    ],
+)
+def test_names_and_settings_are_checked(override, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        parse_recipe(RECIPE, where="recipe.yaml", folder=tmp_path, overrides=[override])
+
+
+def test_settings_are_checked_before_anything_is_computed(job, tmp_path):
+    with pytest.raises(InputError, match=r"training\.offline.*lerning_rate|lerning_rate"):
+        run(job, tmp_path, "training.offline={lerning_rate: 1}")
+    with pytest.raises(InputError, match="raw rewards needs one reward"):
+        run(job, tmp_path, "reward=[{function: 'toy_rewards:vowels'}, {function: 'toy_rewards:vowels'}]")
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_a_name_can_be_a_folder():
+    assert baseline_name({"baseline": "dpo", "n": 8, "beta": 0.25}) == "dpo-n8-beta0.25"
