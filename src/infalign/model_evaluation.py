@@ -123,10 +123,16 @@ def check_job(job: Job) -> list[str]:
 
     Raises:
         InputError: If there are too few samples for a procedure, labels repeat, a gold reward is the reward itself,
-            tokenizers differ, or prompts were trained on.
+            tokenizers differ, prompts were trained on, or `job.out` is the folder of a run.
         StorageError: If the folder cannot be written.
     """
     check_writable(job.out)
+    if (job.out / "run.json").is_file():
+        raise InputError(
+            "this is the folder of a run, whose prompts, results and report would be overwritten",
+            where=f"--out {job.out}",
+            mend="Choose another folder",
+        )
     labels = [candidate.label for candidate in job.candidates]
     for label in labels:
         if labels.count(label) > 1 or label == "reference":
@@ -135,7 +141,9 @@ def check_job(job: Job) -> list[str]:
                 where="--model",
                 mend="Write --model NAME=FOLDER to tell them apart",
             )
-    for procedure in job.procedures:
+    for index, procedure in enumerate(job.procedures):
+        if procedure.label in [earlier.label for earlier in job.procedures[:index]]:
+            raise InputError(f"{procedure.label} is named twice", where="--procedures", mend="Name each procedure once")
         try:
             for _, component in procedure.components:
                 component.selection_weights(job.num_samples)
@@ -147,6 +155,8 @@ def check_job(job: Job) -> list[str]:
                 mend="Draw more, or leave the procedure out",
             ) from error
     for name, source in job.gold.items():
+        if name == "reward":
+            raise InputError("this name is the reward's own", where=f"--gold {name}", mend="Write --gold NAME=REWARD")
         if source.key == job.reward.key:
             raise InputError("this is the reward itself", where=f"--gold {name}", mend="Give another judge")
     _check_tokenizers(job)

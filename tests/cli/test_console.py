@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from infalign.cli import console
 from infalign.cli.console import ConsoleReporter, time_left
@@ -27,3 +30,13 @@ def test_a_line_has_speed_and_time_left_counted_from_this_start(capsys, monkeypa
     if reporter.console.is_terminal:
         pytest.skip("stderr is a terminal")
     assert "Draw: 600/1000  1,234 tokens/s  1:20 left" in said
+
+
+def test_a_stage_is_called_by_its_name_whatever_it_holds(monkeypatch):
+    reporter = ConsoleReporter()
+    said = io.StringIO()
+    reporter.console = Console(file=said, force_terminal=True, highlight=False, emoji=False, width=100)
+    with reporter.stage("Draw [red]x[/b] :x:") as progress:
+        progress(1, 2, "")
+    assert said.getvalue().count("Draw [red]x[/b] :x:") >= 2
+    assert "Draw [red]x[/b] :x:: done" in said.getvalue()

@@ -127,6 +127,7 @@ def test_compare_puts_evaluations_on_one_frontier(run, evaluated, job):
     }
     assert (job / "frontier.svg").exists()
     assert content["left_out"] or content["matched"]
+    assert content["runs"] == {"both": str(evaluated), "other": str(other)}
     changed = json.loads((other / "evaluation.json").read_text()) | {"reference": "sha256:other"}
     third = job / "third"
     third.mkdir(exist_ok=True)
@@ -143,6 +144,13 @@ def test_compare_puts_evaluations_on_one_frontier(run, evaluated, job):
         (("--model", "tuned", *COMMON, "--procedures", "best-of-16"), "Best-of-16 needs 16 samples of each prompt"),
         (("--model", "tuned", "--model", "tuned", *COMMON), "two models would be called tuned"),
         (("--model", "tuned", *COMMON, "--gold", "eval_rewards:length"), "this is the reward itself"),
+        (
+            ("--model", "tuned", *COMMON, "--gold", "x=eval_rewards:vowels", "--gold", "x=m:f"),
+            "two gold rewards are called x",
+        ),
+        (("--model", "tuned", *COMMON, "--gold", "reward=eval_rewards:vowels"), "this name is the reward's own"),
+        (("--model", "tuned", *COMMON, "--procedures", "best-of-4,best-of-4"), "Best-of-4 is named twice"),
+        (("--model", "tuned", *COMMON, "--gold", "eval_rewards:x"), "reward function eval_rewards:x: the function"),
         (("--model", "tuned", "--reference", "base", "--prompts", "prompts.jsonl"), "there is no reward"),
         (("--model", "absent", *COMMON), "no tokenizer can be loaded"),
         (("--model", "tuned", *COMMON, "--checkpoints"), "--checkpoints are those of a run"),
@@ -157,6 +165,16 @@ def test_refused_before_anything_is_drawn(run, job, arguments, message):
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert not (job / "refused").exists()
+
+
+def test_the_folder_of_a_run_is_not_overwritten(run, job):
+    made = job / "made"
+    made.mkdir()
+    (made / "run.json").write_text("{}")
+    code, _, err = run("evaluate", "--model", "tuned", *COMMON, "--out", made)
+    assert code == 2
+    assert "would be overwritten" in " ".join(err.split())
+    assert [path.name for path in made.iterdir()] == ["run.json"]
 
 
 def test_a_procedure_from_life_is_evaluated_like_any_other(run, job):

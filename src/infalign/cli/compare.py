@@ -33,7 +33,9 @@ def compare_command(
     if plot is not None:
         check_ending(plot)  # before the work, not after it
     label = None if procedure is None else parse_procedure(procedure).label
-    compared = compare_runs(read_runs(runs), procedure=label, baseline=baseline)
+    evaluations = read_runs(runs)
+    folders = {name: str(folder) for name, folder in zip(evaluations, runs, strict=True)}
+    compared = compare_runs(evaluations, procedure=label, baseline=baseline, folders=folders)
     text = comparison_text(compared)
     if plot is not None:
         draw_comparison(compared, plot)

@@ -20,7 +20,7 @@ class ConsoleReporter:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
 
     def say(self, text: str) -> None:
         """One plain line."""
@@ -32,7 +32,7 @@ class ConsoleReporter:
         started = time.monotonic()
         if self.console.is_terminal:
             columns = (
-                TextColumn("[bold]{task.fields[title]}", justify="left"),
+                TextColumn("{task.fields[title]}", style="bold", markup=False, justify="left"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),

@@ -258,7 +258,7 @@ def _show(
         }
         typer.echo(json.dumps(summary, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if out is None:
         for one in answers:
             if len(answers) > 1:

@@ -118,6 +118,10 @@ def evaluate_command(
     if run is not None and (checkpoints or not candidates):
         candidates += candidates_of_run(run, checkpoints=checkpoints)
     gold_rewards = [_reward_section(given, gold=True) for given in gold or ()]
+    names = [one.label for one in gold_rewards]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"two gold rewards are called {repeated}", where="--gold", mend="Write --gold NAME=REWARD")
     if not gold and made is not None:
         gold_rewards = list(made.evaluation.gold)
     from infalign.procedures import BestOfN, Standard, WorstOfN

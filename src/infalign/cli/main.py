@@ -65,7 +65,7 @@ def main() -> None:
     except InfalignError as error:
         if not processes.first_to_fail():
             sys.exit(2)
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, emoji=False)
         console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)

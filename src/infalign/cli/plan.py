@@ -84,7 +84,9 @@ def plan_command(
         _print(result)
         for path, what in ((save, "transform"), (plot, "figure")):
             if path is not None:
-                Console(stderr=True, highlight=False).print(f"{what} written to {path}", markup=False, soft_wrap=True)
+                Console(stderr=True, highlight=False, emoji=False).print(
+                    f"{what} written to {path}", markup=False, soft_wrap=True
+                )
 
 
 def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
@@ -140,7 +142,7 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
 
 def _print(result: Plan) -> None:
     """The plan as readable tables on stdout, in 80 columns."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     label, best = result.procedure.label, result.best
     against = label if result.opponent is None else result.opponent.label
     console.print(f"{label} on the aligned model against {against} on the reference", markup=False)
