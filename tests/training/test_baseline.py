@@ -37,11 +37,11 @@ class Logged(TrainerCallback):
             self.logs.append(logs)
 
 
-def train(testbed, folder, *, baseline="known", num_generations=1, steps=100):
+def train(testbed, folder, *, baseline="known", num_generations=1, steps=150, rollouts=512):
     set_seed(0)
     model, tokenizer = load_policy(testbed.reference)
     reward = testbed.reward(Identity(), 0.25)
-    prompts_per_step = 256 // num_generations
+    prompts_per_step = rollouts // num_generations
     config = online._rloo_config(
         folder, steps=steps, prompts_per_step=prompts_per_step, num_generations=num_generations, max_new_tokens=2,
         learning_rate=1e-2, seed=0, save_steps=10**6, trust_remote_code=False, overrides={"save_strategy": "no"},
@@ -72,7 +72,7 @@ def test_one_rollout_per_prompt_reaches_the_optimum_where_nothing_is_left_to_cha
 def test_it_spreads_less_than_leave_one_out_of_two(tmp_path):
     """Of two rollouts, leave-one-out adds the other one's whole variance; the known baseline a 255th of it."""
     testbed = Testbed(tmp_path / "reference", vocabulary=8)
-    _, logs = train(testbed, tmp_path / "run", baseline="leave-one-out", num_generations=2, steps=6)
+    _, logs = train(testbed, tmp_path / "run", baseline="leave-one-out", num_generations=2, steps=6, rollouts=256)
     ratios = [log["advantage_square/known"] / log["advantage_square/leave_one_out"] for log in logs]
     assert 0.35 < np.mean(ratios) < 0.65  # ½ where prompts are alike; 768 pairs: standard error about 0.03
 
