@@ -156,6 +156,8 @@ def test_compare_puts_evaluations_on_one_frontier(run, evaluated, job):
         (("--model", "tuned", *COMMON, "--checkpoints"), "--checkpoints are those of a run"),
         ((), "there is nothing to evaluate"),
         (("recipe.yaml", "--model", "tuned"), "a recipe says itself what is evaluated"),
+        (("recipe.yaml", "--samples", 8), "a recipe says itself what is evaluated, and how"),
+        (("recipe.yaml", "--checkpoints"), "a recipe says itself what is evaluated, and how"),
     ],
 )
 def test_refused_before_anything_is_drawn(run, job, arguments, message):

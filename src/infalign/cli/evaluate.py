@@ -93,9 +93,13 @@ def evaluate_command(
 ) -> None:  # fmt: skip
     """Measure win rates and KL on held-out prompts with fresh rollouts, with intervals and the theoretical limit."""
     if recipe is not None:
-        if model or run or reference or reward or gold or prompts:
+        models = (model, run, reference, reward, gold, prompts)
+        options = (procedures, samples, max_new_tokens, limit, seed, batch_size)
+        if any((*models, *options, checkpoints, allow_overlap, trust_remote_code)) or column != "prompt":
             raise InputError(
-                "a recipe says itself what is evaluated", where="evaluate", mend="Give a recipe, or --model, or --run"
+                "a recipe says itself what is evaluated, and how",
+                where="evaluate",
+                mend="Give a recipe alone, or --model, or --run; --set evaluation.num_samples=… changes a recipe",
             )
         execute(recipe, set_, out, only="evaluate", as_json=json_)
         return
