@@ -77,6 +77,11 @@ def test_an_audit_of_two_models(job, monkeypatch, capsys):
         (["--success", "not-refused", "--prompts", "none.jsonl"], "none.jsonl"),
         (["--success", "not-refused", "--max-new-tokens", "90"], "leave no room"),
         (["--success", "not-refused", "--chat"], "no chat template"),
+        (["--reward", "audit_rewards:safety", "--threshold", "nan"], "the threshold is nan"),
+        (
+            ["--success", "not-refused", "--refusal", "audit_rewards:broke"],
+            "--refusal judges the responses to --benign",
+        ),
     ],
 )
 def test_a_mistake_is_one_plain_message(job, monkeypatch, capsys, arguments, message):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from infalign.cli import console
-from infalign.cli.console import ConsoleReporter, time_left
+from infalign.cli.console import ConsoleReporter, time_left, visible
 
 
 def test_time_left():
@@ -40,3 +40,7 @@ def test_a_stage_is_called_by_its_name_whatever_it_holds(monkeypatch):
         progress(1, 2, "")
     assert said.getvalue().count("Draw [red]x[/b] :x:") >= 2
     assert "Draw [red]x[/b] :x:: done" in said.getvalue()
+
+
+def test_control_characters_are_written_out_for_the_terminal():
+    assert visible("f(x) :x: [b] \x1b[31m\x07\r é\t🎉\n") == "f(x) :x: [b] \\x1b[31m\\x07\\x0d é\t🎉\n"

@@ -224,6 +224,8 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
         (("Hi", *LOCAL, "--procedure", "worst-of-n", "--stop-at", 0.9), "for Best-of-N"),
         (("Hi", *LOCAL, "--prune-every", 2, "--prune-keep", 0), "keep is 0"),
         (("Hi", *LOCAL, "--prune-every", 2, "--procedure", "worst-of-n"), "only Best-of-N"),
+        (("Hi", *LOCAL, "--prune-keep", 0.2), "--prune-keep goes with --prune-every"),
+        (("Hi", *LOCAL, "--block", 2), "--block goes with --stop-at or --stop-reward"),
         (("Hi", *LOCAL, "--calibration", "absent"), "no calibrated run"),
         (("Hi", *LOCAL, "--temperature", 0), "temperature"),
         (("Hi", *LOCAL, "--chat"), "no chat template"),
@@ -239,3 +241,11 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkey
     assert message in err.replace("\n", " ")
     assert "Traceback" not in err
     assert err.count("error:") == 1
+
+
+def test_rows_that_repeat_a_prompt_are_said_to_be_left_out(job, capsys, monkeypatch):
+    (job / "twice.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Hi"}\n')
+    code, out, err = infalign(capsys, monkeypatch, "--prompts", "twice.jsonl", *LOCAL, "--json")
+    assert code == 0, err
+    assert json.loads(out)["answered"] == 1
+    assert "1 rows of twice.jsonl repeat a prompt" in err

@@ -52,6 +52,12 @@ class Judge:
     source: RewardSource
     threshold: float | None
 
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not np.isfinite(
+            self.threshold
+        ):  # no reward is below nan: all would look safe
+            raise InputError(f"the threshold is {self.threshold}", where="judge", mend="Give a finite number")
+
     def successes(self, scores_PM: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which attempts succeeded.
 

@@ -63,7 +63,7 @@ def audit_command(
     predict: Annotated[
         int | None, typer.Option("--predict", help="Largest N to predict [default: 16 × attempts].", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first prompts.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first prompts.")] = None,
     column: Annotated[str, typer.Option("--column", help="Column that holds the prompts.")] = "prompt",
     chat: Annotated[bool, typer.Option("--chat", help="Send prompts that are text as a user's chat message.")] = False,
     endpoint: Annotated[
@@ -73,7 +73,9 @@ def audit_command(
     api_key_variable: Annotated[
         str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rollouts drawn at the same time.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Rollouts drawn at the same time.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
     title: Annotated[str, typer.Option("--title", help="Heading of the report.")] = "Safety audit",
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
@@ -93,9 +95,16 @@ def audit_command(
         benign_attempts=benign_attempts,
         predict=predict,
     )
-    asked = _as_chat(load_prompts(prompts, column, limit=limit).prompts, chat)
-    harmless = () if benign is None else _as_chat(load_prompts(benign, column, limit=limit).prompts, chat)
+    if refusal is not None and benign is None:
+        raise InputError("--refusal judges the responses to --benign prompts, and there are none", where="audit",
+                         mend="Give --benign, or leave --refusal out")  # fmt: skip
     reporter = ConsoleReporter()
+    loaded = [load_prompts(source, column, limit=limit) for source in (prompts, benign) if source is not None]
+    for source, one in zip((prompts, benign), loaded, strict=False):
+        if one.duplicates:
+            reporter.say(f"{one.duplicates} rows of {source} repeat a prompt and are left out")
+    asked, *rest = [_as_chat(one.prompts, chat) for one in loaded]
+    harmless = rest[0] if rest else ()
     reporter.say("Loading libraries …")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

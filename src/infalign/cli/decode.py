@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from infalign.cli.console import ConsoleReporter
+from infalign.cli.console import ConsoleReporter, visible
 from infalign.cli.plan import parse_procedure
 from infalign.cli.sources import REWARD, open_calibration, open_named_reward
 from infalign.errors import InfalignError, InputError, RewardError
@@ -64,14 +64,24 @@ def decode_command(
         float | None,
         typer.Option("--stop-reward", help="… or this reward: at the greatest there is, nothing is lost."),
     ] = None,
-    block: Annotated[int, typer.Option("--block", min=1, help="Candidates drawn together until it stops.")] = 1,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block", min=1, help="Candidates drawn together until it stops [default: 1].", show_default=False
+        ),
+    ] = None,
     prune_every: Annotated[
         int | None,
         typer.Option("--prune-every", min=1, help="Best-of-N, --model: look at beginnings every so many tokens …"),
     ] = None,
     prune_keep: Annotated[
-        float, typer.Option("--prune-keep", help="… and go on with this upper share of them: a heuristic.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--prune-keep",
+            help="… and go on with this upper share of them: a heuristic [default: 0.5].",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write answers as JSONL; the same command goes on from there.")
     ] = None,
@@ -91,6 +101,11 @@ def decode_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
 ) -> None:
     """Draw candidates, rank them by the reward, and give the one that the procedure picks."""
+    if block is not None and stop_at is None and stop_reward is None:
+        raise InputError("--block goes with --stop-at or --stop-reward", where="decode", mend="Leave it out")
+    if prune_keep is not None and prune_every is None:
+        raise InputError("--prune-keep goes with --prune-every", where="decode", mend="Give both, or leave it out")
+    block, prune_keep = block or 1, 0.5 if prune_keep is None else prune_keep
     chosen = _procedure(procedure, n, k, stop_at, block)
     if (prompt is None) == (prompts is None):
         raise InputError("nothing to answer, or twice", where="decode", mend="Give one prompt, or --prompts FILE")
@@ -106,7 +121,12 @@ def decode_command(
     from infalign.decode.decoder import Decoder
     from infalign.rollouts.score import FunctionReward, column_names
 
-    wanted = [Prompt(prompt)] if prompt is not None else list(load_prompts(str(prompts), column, limit=limit))
+    wanted = [Prompt(prompt)] if prompt is not None else []
+    if prompts is not None:
+        loaded = load_prompts(prompts, column, limit=limit)
+        if loaded.duplicates:
+            reporter.say(f"{loaded.duplicates} rows of {prompts} repeat a prompt and are left out")
+        wanted = list(loaded)
     if chat:
         wanted = [_as_message(one) for one in wanted]
     if any(isinstance(one.prompt, str) != isinstance(wanted[0].prompt, str) for one in wanted):
@@ -263,8 +283,8 @@ def _show(
         for one in answers:
             if len(answers) > 1:
                 console.rule(characters="─")
-                console.print(one.prompt.text, style="dim", markup=False, soft_wrap=True)
-            console.print(one.chosen.text, markup=False, soft_wrap=True)
+                console.print(visible(one.prompt.text), style="dim", markup=False, soft_wrap=True)
+            console.print(visible(one.chosen.text), markup=False, soft_wrap=True)
             console.print(_line(one), style="cyan", markup=False, soft_wrap=True)
     else:
         there = f"; {before} were there" if before else ""

@@ -14,6 +14,7 @@ import infalign
 from infalign import processes
 from infalign.cli.audit import audit_command
 from infalign.cli.compare import compare_command
+from infalign.cli.console import visible
 from infalign.cli.decode import decode_command
 from infalign.cli.evaluate import evaluate_command
 from infalign.cli.plan import plan_command
@@ -67,7 +68,7 @@ def main() -> None:
             sys.exit(2)
         console = Console(stderr=True, highlight=False, emoji=False)
         console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
+        console.print(visible(str(error)), markup=False, soft_wrap=True)
         sys.exit(2)
     except Exception:
         if not processes.first_to_fail():

@@ -51,7 +51,12 @@ def serve_command(
             "--stop-reward", help="Best-of-N: draw no more once one has this reward; the greatest costs nothing."
         ),
     ] = None,
-    block: Annotated[int, typer.Option("--block", min=1, help="Candidates drawn together until it stops.")] = 1,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            "--block", min=1, help="Candidates drawn together until it stops [default: 1].", show_default=False
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")] = 1.0,
@@ -92,6 +97,8 @@ def serve_command(
         )
     if (upstream is None) != (model_name is None):
         raise InputError("a model upstream has a name there", where="serve", mend="Give --upstream and --model-name")
+    if block is not None and stop_reward is None:
+        raise InputError("--block goes with --stop-reward", where="serve", mend="Leave it out")
     chosen = parse_procedure(procedure, n, k)
     key = _key(api_key_variable, "--api-key-variable")
     _key(upstream_key_variable, "--upstream-key-variable")
@@ -130,7 +137,7 @@ def serve_command(
             calibrator=None if found is None else found.calibrator,
             prompt_ids=None if found is None else found.prompt_ids,
             stop_reward=stop_reward,
-            block=block,
+            block=block or 1,
             seed=secrets.randbits(31) if seed is None else seed,
         ),
         served_name or model_name or Path(str(model)).name,
