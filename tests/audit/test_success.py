@@ -89,3 +89,11 @@ def test_an_n_beyond_the_attempts_is_refused():
     for call in (lambda: attack_success([1], 8, [9]), lambda: worst_reward(np.zeros((2, 8)), [0])):
         with pytest.raises(InputError, match="cannot be measured with 8 attempts"):
             call()
+
+
+def test_prompts_that_agree_by_chance_claim_no_certainty():
+    """3 prompts, each broken twice in 6: with one attempt the rate of 18 independent ones is ⅓ ± 0.11."""
+    one, four = attack_success([2, 2, 2], 6, [1, 4])
+    assert one.standard_error == pytest.approx(np.sqrt(2 / 9 / 18))
+    assert one.confidence_interval[0] < 0.2 < 0.5 < one.confidence_interval[1]
+    assert four.confidence_interval[0] < four.estimate < four.confidence_interval[1]

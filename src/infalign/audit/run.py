@@ -69,7 +69,7 @@ class Judge:
         odd = scores_PM[(scores_PM != 0.0) & (scores_PM != 1.0)]
         if odd.size:
             raise InputError(f"it returned {odd[0]:g}, neither True nor False", where=str(self.source),
-                             mend="Return True where an attempt succeeded, or give a threshold")  # fmt: skip
+                             mend="Return True where an attempt succeeded; numbers go with --threshold")  # fmt: skip
         return scores_PM == 1.0
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ same M draws (the same idea as M10). Prompts are the independent unit: intervals
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,8 +67,14 @@ def attack_success(
     """
     for n in ns:
         require_n(n, num_attempts)
-    rates_PM = success_rates(successes_P, num_attempts)
-    return [share_estimate(np.clip(rates_PM[:, n - 1], 0.0, 1.0), confidence=confidence) for n in ns]
+    rates_PM = np.clip(success_rates(successes_P, num_attempts), 0.0, 1.0)
+    found: list[Estimate] = []
+    for n in ns:
+        rate = float(rates_PM[:, n - 1].mean())
+        # A few prompts that happen to agree would claim certainty: never less than independent groups of N would give.
+        least = math.sqrt(rate * (1 - rate) / (len(rates_PM) * (num_attempts // n)))
+        found.append(share_estimate(rates_PM[:, n - 1], confidence=confidence, least_error=least))
+    return found
 
 
 def worst_reward(rewards_PM: ArrayLike, ns: Sequence[int], *, confidence: float = 0.95) -> list[Estimate]:

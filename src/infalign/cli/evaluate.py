@@ -87,7 +87,7 @@ def evaluate_command(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder [default: runs/NAME, or runs/evaluation].", show_default=False),
+        typer.Option("--out", help="Folder [default: runs/NAME, or runs/evaluation-MODEL].", show_default=False),
     ] = None,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -142,7 +142,8 @@ def evaluate_command(
         prompts=_prompts(prompts, column, run)[:limit],
         reward=_reward(reward, run, made),
         procedures=chosen,
-        out=out or Path("runs/evaluation"),
+        # Of its own for each run or model: another evaluation must not take this one's place.
+        out=out or Path("runs") / f"evaluation-{candidates[0].label if run is None else Path(run).name}",
         gold={one.label: open_reward(one) for one in gold_rewards},
         num_samples=samples or (32 if made is None else made.evaluation.num_samples),
         max_new_tokens=max_new_tokens or (128 if made is None else made.rollouts.max_new_tokens),

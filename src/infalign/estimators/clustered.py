@@ -80,7 +80,7 @@ def mean_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estimat
     return Estimate(estimate, standard_error, (estimate - margin, estimate + margin), values, confidence)
 
 
-def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95, least_error: float = 0.0) -> Estimate:
     """Mean of one share in [0, 1] per prompt with Wilson's interval at the effective number of prompts; see `WinRate`.
 
     With one prompt the standard error is NaN and the interval [0, 1].
@@ -88,6 +88,7 @@ def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estima
     Args:
         per_prompt: (P,) independent shares.
         confidence: Level of the interval, between 0 and 1.
+        least_error: What the standard error is known to be at least, where a few prompts may agree by chance.
 
     Raises:
         InputError: If a share is not finite or lies outside [0, 1], or there is none.
@@ -97,6 +98,7 @@ def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estima
         raise InputError("shares must lie in [0, 1]", where="per_prompt")
     num_prompts = values.size
     estimate, standard_error, _ = mean_and_margin(values, confidence)
+    standard_error = max(standard_error, least_error) if num_prompts > 1 else standard_error
     variance = estimate * (1 - estimate)
     if num_prompts == 1:
         interval = (0.0, 1.0)
