@@ -137,6 +137,12 @@ def open_run(run_folder: str | Path) -> Stages:
         StorageError: If the folder does not hold one.
     """
     folder = Path(run_folder)
+    if not (folder / "run.json").exists():
+        raise StorageError(
+            "this is no run folder" if folder.is_dir() else "there is no such folder",
+            where=str(folder),
+            mend="Give the folder that `infalign run` wrote, runs/NAME by default",
+        )
     missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
     if missing:
         raise StorageError(

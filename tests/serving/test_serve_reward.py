@@ -127,7 +127,7 @@ def test_what_cannot_be_served_is_said_at_once(run_folder, tmp_path, capfd, monk
     from infalign.cli.main import main
 
     for arguments, message in [
-        ([str(tmp_path)], "holds no calibrated run"),
+        ([str(tmp_path)], "is no run folder"),
         ([str(run_folder), "--policy", "optimal"], "There are: exponential+10"),
     ]:
         monkeypatch.setattr(sys, "argv", ["infalign", "serve-reward", *arguments])
