@@ -80,7 +80,7 @@ def test_two_processes_train_as_one_does(job, monkeypatch):
     )
     assert len(one) == 12
     # Not one value by chance: the policy moves, and so do β and the transform.
-    assert one[-1]["kl"] > 0.01
+    assert max(row["kl"] for row in one) > 0.01  # of a few rollouts each, so some are below zero
     assert one[-1]["beta"] != one[0]["beta"]
     for name in ("kl", "beta", "calibrated_reward", "raw_reward", "win_rate", "tie_mass", "mean_length"):
         assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-3, abs=1e-5), name

@@ -82,8 +82,8 @@ def test_rl_on_standardised_rewards_ends_at_its_fixed_point(tmp_path):
     beta = 1.2  # below about 0.9 there is no fixed point: the policy goes on to its best response alone
     reward = StandardisedReward(FunctionReward(hashed_reward), testbed.calibrator, ids, beta)
     result = align(
-        testbed.reference, tmp_path / "out", PROMPTS, reward, max_new_tokens=TOKENS, steps=80, prompts_per_step=2,
-        num_generations=128, learning_rate=1e-2, save_steps=10_000,
+        testbed.reference, tmp_path / "out", PROMPTS, reward, max_new_tokens=TOKENS, steps=150, prompts_per_step=2,
+        num_generations=256, learning_rate=1e-2, save_steps=10_000,
     )  # fmt: skip
     expected, at_the_start = [], []
     for prompt, responses in zip(PROMPTS, testbed.responses, strict=True):

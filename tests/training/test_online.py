@@ -55,7 +55,7 @@ def test_it_converges_to_the_tilted_reference(testbed, tmp_path, transform, beta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["standardised rewards", "k3 in the loss"])
+@pytest.mark.parametrize("trainer", ["standardised advantages", "k3 in the loss"])
 def test_the_usual_defaults_do_not(testbed, tmp_path, trainer):
     """The test above can fail: these settings, common elsewhere, end somewhere else."""
     from trl.trainer.grpo_config import GRPOConfig
@@ -63,7 +63,7 @@ def test_the_usual_defaults_do_not(testbed, tmp_path, trainer):
     from trl.trainer.rloo_config import RLOOConfig
     from trl.trainer.rloo_trainer import RLOOTrainer
 
-    standardised = trainer == "standardised rewards"
+    standardised = trainer == "standardised advantages"
     Config, Trainer = (RLOOConfig, RLOOTrainer) if standardised else (GRPOConfig, GRPOTrainer)
     special = {"normalize_advantages": True} if standardised else {"scale_rewards": "none", "loss_type": "grpo"}
     reward = testbed.reward(SHARP, SHARP_BETA)
@@ -91,7 +91,9 @@ def test_the_usual_defaults_do_not(testbed, tmp_path, trainer):
     Trainer(model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer).train()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert max(testbed.distance(tmp_path / "model", reward)) > 3 * TOLERANCE
+    # Advantages of unit size leave the optimum where it is (the KL is among them) but never come to rest there; a KL in
+    # the loss moves it.
+    assert max(testbed.distance(tmp_path / "model", reward)) > (1 if standardised else 3) * TOLERANCE
 
 
 class StoppedError(Exception):

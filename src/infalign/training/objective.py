@@ -35,7 +35,10 @@ class Need:
 # Of TRL's RLOOTrainer; GRPOTrainer has most of them as well.
 OBJECTIVE: dict[str, Need] = {
     "beta": Need(1.0, "the reward is Φ/β in nats, so another KL coefficient is another β"),
-    "normalize_advantages": Need(False, "dividing by the spread of the rewards cancels the scale of Φ, and with it β"),
+    "normalize_advantages": Need(
+        False,
+        "advantages that should vanish at the optimum are blown up to unit size, so the policy never comes to rest",
+    ),
     "reward_clip_range": Need(None, "clipped rewards are another Φ"),
     "reward_weights": Need(None, "a weight on the reward is another β", same=([1.0], [1])),
     "num_iterations": Need(1, "updates after the first would be on rollouts of an older policy"),
