@@ -226,7 +226,7 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
         (("Hi", *LOCAL, "--prune-every", 2, "--procedure", "worst-of-n"), "only Best-of-N"),
         (("Hi", *LOCAL, "--prune-keep", 0.2), "--prune-keep goes with --prune-every"),
         (("Hi", *LOCAL, "--block", 2), "--block goes with --stop-at or --stop-reward"),
-        (("Hi", *LOCAL, "--calibration", "absent"), "no calibrated run"),
+        (("Hi", *LOCAL, "--calibration", "absent"), "there is no such folder"),
         (("Hi", *LOCAL, "--temperature", 0), "temperature"),
         (("Hi", *LOCAL, "--chat"), "no chat template"),
         (("Hi" * 100, *LOCAL), "no room"),
