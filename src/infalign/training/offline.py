@@ -35,6 +35,7 @@ from infalign.training.pool import RolloutPool
 from infalign.training.running import (
     ADVICE,
     STATE,
+    common_settings,
     last_checkpoint,
     lora_config,
     out_of_memory,
@@ -269,7 +270,6 @@ def training_arguments(
                 where="training.offline",
                 mend=f"Remove {name}",
             )
-    on_gpu = torch.cuda.is_available()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = overrides.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
@@ -286,20 +286,7 @@ def training_arguments(
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": examples_per_step // (accumulation * world_size),
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": max(1, steps // 4), "decay_type": "linear"},
-        "warmup_steps": min(5, steps // 10),
-        "seed": seed,
-        "data_seed": seed,
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "gradient_checkpointing": True if on_gpu else None,  # False would warn of a rename in transformers
-        "use_cpu": not on_gpu,
-        "save_steps": save_steps,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": on_gpu,
+        **common_settings(steps=steps, learning_rate=learning_rate, seed=seed, save_steps=save_steps),
         **RELIED_ON,
         **overrides,
     }

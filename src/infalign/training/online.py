@@ -31,6 +31,7 @@ from infalign.training.landing import Landing, land
 from infalign.training.objective import FIXED, RELIED_ON, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.training.running import (
+    common_settings,
     last_checkpoint,
     lora_config,
     out_of_memory,
@@ -218,7 +219,6 @@ def _rloo_config(
     trust_remote_code: bool,
     overrides: Mapping[str, Any],
 ) -> RLOOConfig:
-    on_gpu = torch.cuda.is_available()
     world_size = launched()
     accumulation = overrides.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
@@ -242,20 +242,7 @@ def _rloo_config(
         # TRL's own baseline needs two; ours does not, so a single one is set behind its back.
         "num_generations": num_generations if num_generations > 1 else rollouts_per_step,
         "max_completion_length": max_new_tokens,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": max(1, steps // 4), "decay_type": "linear"},
-        "warmup_steps": min(5, steps // 10),
-        "seed": seed,
-        "data_seed": seed,
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "gradient_checkpointing": True if on_gpu else None,  # False would warn of a rename in transformers
-        "use_cpu": not on_gpu,
-        "save_steps": save_steps,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": on_gpu,
+        **common_settings(steps=steps, learning_rate=learning_rate, seed=seed, save_steps=save_steps),
         "trust_remote_code": trust_remote_code,
         **FIXED,
         **RELIED_ON,

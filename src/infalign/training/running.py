@@ -119,3 +119,24 @@ def read_result(out: Path) -> dict[str, Any]:
     content = json.loads((out / "result.json").read_text())
     content["landing"] = None if content["landing"] is None else Landing(**content["landing"])
     return content
+
+
+def common_settings(*, steps: int, learning_rate: float, seed: int, save_steps: int) -> dict[str, Any]:
+    """`TrainingArguments` that every solver has: schedule, seeds, device, checkpoints, and no bars of its own."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": max(1, steps // 4), "decay_type": "linear"},
+        "warmup_steps": min(5, steps // 10),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": True if on_gpu else None,  # False would warn of a rename in transformers
+        "use_cpu": not on_gpu,
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+    }
