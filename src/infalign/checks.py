@@ -12,7 +12,7 @@ from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
 from infalign.measured_procedure import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
-from infalign.recipe_baselines import baseline_name
+from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.rewards import FunctionReward, import_function
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template

@@ -30,8 +30,7 @@ from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
-from infalign.run_folder import RECIPE, write_json, write_text
-from infalign.stages import versions
+from infalign.run_folder import RECIPE, versions, write_json, write_text
 
 
 class Reporter(Protocol):

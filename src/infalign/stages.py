@@ -23,7 +23,7 @@ from infalign.evaluation.results import MethodResult
 from infalign.inputs import split_prompts, testbed_text
 from infalign.model_card import CardFacts, write_model_card
 from infalign.recipe import GoldReward, Recipe, RolloutEndpoint, Training
-from infalign.recipe_baselines import baseline_name
+from infalign.recipe.baselines import baseline_name
 from infalign.report.build import build_report
 from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
 from infalign.rollouts.fill import compute_logprobs

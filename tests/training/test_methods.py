@@ -9,7 +9,7 @@ import pytest
 from infalign.errors import InputError
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe, parse_recipe
-from infalign.recipe_baselines import baseline_name
+from infalign.recipe.baselines import baseline_name
 from infalign.testbed.toy import random_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

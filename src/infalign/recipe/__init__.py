@@ -1,0 +1,22 @@
+"""The experiment as one typed YAML file.
+
+Unknown keys are refused with a suggestion; relative paths are relative to the recipe's own folder.
+"""
+
+from infalign.recipe.experiment import Recipe
+from infalign.recipe.load import load_recipe, parse_recipe
+from infalign.recipe.sections import GoldReward, Reward, RolloutEndpoint, Rows, Training
+from infalign.recipe.values import named_transform, transform_name
+
+__all__ = [
+    "GoldReward",
+    "Recipe",
+    "Reward",
+    "RolloutEndpoint",
+    "Rows",
+    "Training",
+    "load_recipe",
+    "named_transform",
+    "parse_recipe",
+    "transform_name",
+]

@@ -1,0 +1,89 @@
+"""The short notations of a recipe: a procedure, a transform, a baseline, and the numbers that a setting may hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from infalign.errors import InputError
+from infalign.measured_procedure import MeasuredProcedure
+from infalign.procedures import procedure_from_dict
+from infalign.recipe.baselines import baseline_value
+from infalign.transforms import Exponential, Identity, Log, RewardTransform
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
+_SHORT_PROCEDURE = re.compile(r"^(best-of|worst-of)-(\d+)$")
+
+
+def _procedure_dict(value: Any) -> Any:
+    """`best-of-4` for `{kind: best-of-n, n: 4}`; anything else as it is."""
+    if isinstance(value, str):
+        short = _SHORT_PROCEDURE.match(value)
+        value = {"kind": f"{short[1]}-n", "n": int(short[2])} if short else {"kind": value}
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise ValueError("a procedure is written best-of-4, worst-of-4, standard, or {kind: best-of-n, n: 4}")
+    if value["kind"] == "fitted" and "decoder" in value:
+        MeasuredProcedure.parse(value)
+    else:
+        procedure_from_dict(dict(value))
+    return dict(value)
+
+
+def _transform_value(value: Any) -> Any:
+    """`optimal`, `self-consistent`, `identity`, `log`, `{exponential: t}` or `{file: transform.json}`."""
+    if isinstance(value, str) and value in {"optimal", "self-consistent", "identity", "log"}:
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        (kind, argument), *_ = value.items()
+        if kind == "exponential" and isinstance(argument, int | float | str) and not isinstance(argument, bool):
+            return {"exponential": _exponent(argument)}
+        if kind == "file" and isinstance(argument, str):
+            return {"file": argument}
+    raise ValueError(
+        "a transform is one of: optimal, self-consistent, identity, log, {exponential: t}, {file: transform.json}"
+    )
+
+
+def _compared_value(value: Any) -> Any:
+    """A transform, or a baseline: `{baseline: raw}`."""
+    return baseline_value(value) if isinstance(value, Mapping) and "baseline" in value else _transform_value(value)
+
+
+def _exponent(value: float | str) -> float:
+    """A finite number; also from text, for to YAML 1e2 is text."""
+    try:
+        return Exponential(float(value)).t
+    except InputError as error:
+        raise ValueError(error.what) from error
+    except ValueError as error:
+        raise ValueError(f"t = {value!r} is not a number") from error
+
+
+Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
+Transform = Annotated[str | dict[str, Any], BeforeValidator(_transform_value)]
+Compared = Annotated[str | dict[str, Any], BeforeValidator(_compared_value)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def transform_name(transform: str | Mapping[str, Any]) -> str:
+    """A short name that can be a folder: `optimal`, `exponential+10`, `transform`."""
+    if isinstance(transform, str):
+        return transform
+    if "exponential" in transform:
+        return f"exponential{transform['exponential']:+g}"
+    return Path(transform["file"]).stem
+
+
+def named_transform(transform: str | Mapping[str, Any]) -> RewardTransform | None:
+    """The transform itself; `None` for `optimal` and `self-consistent`, which depend on the procedure."""
+    if isinstance(transform, str):
+        return {"optimal": None, "self-consistent": None, "identity": Identity(), "log": Log()}[transform]
+    if "exponential" in transform:
+        return Exponential(transform["exponential"])
+    return RewardTransform.load(Path(transform["file"]))
