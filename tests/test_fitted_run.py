@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from infalign.errors import InputError
-from infalign.fitted_procedure import FittedProcedure
 from infalign.pipeline import Pipeline
+from infalign.procedures import FittedProcedure
 from infalign.recipe import load_recipe
 from infalign.testbed.toy import random_llama
 from tests.test_pipeline import Recorder

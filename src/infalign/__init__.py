@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from infalign.decode.decoder import Decoder
     from infalign.decode.local import LocalSampler
     from infalign.decode.remote import EndpointSampler
-    from infalign.early_stopping import EarlyStopping
     from infalign.errors import InfalignError, InputError, MismatchError, RewardError, StorageError, TrainingError
     from infalign.estimators import win_rate
-    from infalign.fitted_procedure import FittedProcedure
     from infalign.procedures import (
         BestOfN,
+        EarlyStopping,
+        FittedProcedure,
         InferenceProcedure,
         Mixture,
         OrderStatistic,
@@ -45,7 +45,6 @@ _HOME = {
     "infalign.decode.decoder": ("Decoder",),
     "infalign.decode.local": ("LocalSampler",),
     "infalign.decode.remote": ("EndpointSampler",),
-    "infalign.early_stopping": ("EarlyStopping",),
     "infalign.errors": (
         "InfalignError",
         "InputError",
@@ -55,9 +54,10 @@ _HOME = {
         "TrainingError",
     ),
     "infalign.estimators": ("win_rate",),
-    "infalign.fitted_procedure": ("FittedProcedure",),
     "infalign.procedures": (
         "BestOfN",
+        "EarlyStopping",
+        "FittedProcedure",
         "InferenceProcedure",
         "Mixture",
         "OrderStatistic",

@@ -10,7 +10,7 @@ from typing import Any
 from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.inputs import split_prompts
-from infalign.measured_procedure import MeasuredProcedure
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
 from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.rewards import FunctionReward, import_function

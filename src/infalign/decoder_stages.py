@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from infalign.calibration import RewardCalibrator
 from infalign.estimators import mean_estimate, paired_difference, win_rate
 from infalign.evaluation.results import Measured
-from infalign.fitted_procedure import FittedProcedure
-from infalign.measured_procedure import MeasuredProcedure
-from infalign.procedures import Standard
+from infalign.procedures import FittedProcedure, Standard
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.rollouts.black_box import decoder_key, run_decoder
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy

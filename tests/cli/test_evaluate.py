@@ -182,7 +182,7 @@ def test_the_folder_of_a_run_is_not_overwritten(run, job):
 def test_a_procedure_from_life_is_evaluated_like_any_other(run, job):
     import numpy as np
 
-    from infalign.fitted_procedure import FittedProcedure
+    from infalign.procedures import FittedProcedure
 
     fitted = FittedProcedure.from_ranks(np.random.default_rng(0).uniform(size=400) ** 0.5)  # about Best-of-2
     (job / "fitted.json").write_text(json.dumps(fitted.to_dict()))

@@ -8,8 +8,8 @@ import torch
 
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
-from infalign.measured_procedure import MeasuredProcedure
 from infalign.procedures import BestOfN
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.rollouts.black_box import decoder_key, run_decoder
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore

@@ -14,29 +14,19 @@ Both laws are refitted to resampled prompts for their intervals. A law is an ass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
+from infalign import special
 from infalign.audit.success import attack_success, sizes, success_rates
 from infalign.errors import InputError
 from infalign.estimators import share_estimate
 
 FloatArray = NDArray[np.float64]
-
-
-class _Special(Protocol):
-    """The SciPy functions used here, with their types (SciPy ships none)."""
-
-    betaln: Callable[[Any, Any], Any]
-    psi: Callable[[Any], Any]
-
-
-_special = cast(_Special, _scipy_special)
 
 RESAMPLES = 200
 _FEW_BROKEN = 10  # prompts with a success below which either law follows single prompts
@@ -62,7 +52,7 @@ class BetaBinomial:
     def rate(self, ns: ArrayLike) -> FloatArray:
         """ASR@N."""
         n = np.asarray(ns, np.float64)
-        return -np.expm1(_special.betaln(self.alpha, self.beta + n) - _special.betaln(self.alpha, self.beta))
+        return -np.expm1(special.betaln(self.alpha, self.beta + n) - special.betaln(self.alpha, self.beta))
 
 
 @dataclass(frozen=True)
@@ -135,10 +125,10 @@ def fit_beta_binomial(
         # In the mean and the size α + β: nearly independent, where α and β move together along a ridge.
         share, size = 1.0 / (1.0 + math.exp(-at[0])), math.exp(at[1])
         alpha, beta = share * size, (1.0 - share) * size
-        fit_S = _special.betaln(counts_S + alpha, num_attempts - counts_S + beta) - _special.betaln(alpha, beta)
-        common = _special.psi(size) - _special.psi(num_attempts + size)
-        by_alpha = float(shares_S @ (_special.psi(counts_S + alpha) - _special.psi(alpha) + common))
-        by_beta = float(shares_S @ (_special.psi(num_attempts - counts_S + beta) - _special.psi(beta) + common))
+        fit_S = special.betaln(counts_S + alpha, num_attempts - counts_S + beta) - special.betaln(alpha, beta)
+        common = special.psi(size) - special.psi(num_attempts + size)
+        by_alpha = float(shares_S @ (special.psi(counts_S + alpha) - special.psi(alpha) + common))
+        by_beta = float(shares_S @ (special.psi(num_attempts - counts_S + beta) - special.psi(beta) + common))
         slope = [size * share * (1.0 - share) * (by_alpha - by_beta), alpha * by_alpha + beta * by_beta]
         return -float(shares_S @ fit_S), -np.array(slope)
 

@@ -204,7 +204,7 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
         return chosen
     if not isinstance(chosen, BestOfN):
         raise InputError(f"--stop-at is for Best-of-N, not for {chosen.label}", where="decode", mend="Leave it out")
-    from infalign.early_stopping import EarlyStopping
+    from infalign.procedures import EarlyStopping
 
     return EarlyStopping(chosen.n, stop_at, block)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,14 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infalign.errors import InputError, StorageError
-from infalign.procedures import (
-    BestOfN,
-    InferenceProcedure,
-    OrderStatistic,
-    Standard,
-    WorstOfN,
-    procedure_from_dict,
-)
+from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
 
 if TYPE_CHECKING:
     from infalign.theory.plan import Plan
@@ -106,23 +98,16 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
     if name in ("best-of-n", "worst-of-n", "order-statistic"):
         if n is None:
             raise InputError(f"{name} needs the number of responses", where="procedure", mend="Add --n, such as --n 4")
-        if name == "order-statistic":
-            if k is None:
-                raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
-            return OrderStatistic(k=k, n=n)
-        if k is not None:
+        if name == "order-statistic" and k is None:
+            raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
+        if name != "order-statistic" and k is not None:
             raise InputError(f"--k does not go with {name}", where="procedure", mend="Leave it out")
-        return BestOfN(n) if name == "best-of-n" else WorstOfN(n)
+        return procedure_from_dict({"kind": name, "n": n, **({} if k is None else {"k": k})})
     if n is not None or k is not None:
         raise InputError(f"--n and --k do not go with {text!r}", where="procedure", mend="Leave them out")
-    if name == "standard":
-        return Standard()
-    numbered = re.fullmatch(r"(best|worst|\d+)-of-(\d+)", name)
-    if numbered:
-        first, count = numbered[1], int(numbered[2])
-        if first == "best":
-            return BestOfN(count)
-        return WorstOfN(count) if first == "worst" else OrderStatistic(k=int(first), n=count)
+    named = procedure_from_name(name)
+    if named is not None:
+        return named
     path = Path(text)
     if path.suffix == ".json":
         try:

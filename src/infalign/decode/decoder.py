@@ -18,9 +18,8 @@ from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Message, Prompt
 from infalign.decode.candidates import CandidateSampler, Request
-from infalign.early_stopping import EarlyStopping
 from infalign.errors import InfalignError, InputError, RewardError
-from infalign.procedures import BestOfN, InferenceProcedure, check_is_procedure, whole_number
+from infalign.procedures import BestOfN, EarlyStopping, InferenceProcedure, check_is_procedure, whole_number
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import RewardSource, Scores
 from infalign.rollouts.score import column_names, columns_of

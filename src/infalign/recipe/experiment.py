@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from infalign.measured_procedure import MeasuredProcedure
 from infalign.procedures import InferenceProcedure, procedure_from_dict
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe.baselines import baseline_name
 from infalign.recipe.sections import (
     Calibration,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,22 +9,21 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from infalign.errors import InputError
-from infalign.measured_procedure import MeasuredProcedure
-from infalign.procedures import procedure_from_dict
+from infalign.procedures import procedure_from_dict, procedure_from_name
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe.baselines import baseline_value
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
-_SHORT_PROCEDURE = re.compile(r"^(best-of|worst-of)-(\d+)$")
 
 
 def _procedure_dict(value: Any) -> Any:
     """`best-of-4` for `{kind: best-of-n, n: 4}`; anything else as it is."""
     if isinstance(value, str):
-        short = _SHORT_PROCEDURE.match(value)
-        value = {"kind": f"{short[1]}-n", "n": int(short[2])} if short else {"kind": value}
+        named = procedure_from_name(value)
+        value = {"kind": value} if named is None else named.to_dict()
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise ValueError("a procedure is written best-of-4, worst-of-4, standard, or {kind: best-of-n, n: 4}")
+        raise ValueError("a procedure is written best-of-4, worst-of-4, 3-of-5, standard, or {kind: best-of-n, n: 4}")
     if value["kind"] == "fitted" and "decoder" in value:
         MeasuredProcedure.parse(value)
     else:

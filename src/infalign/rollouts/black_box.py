@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
-from infalign.measured_procedure import MeasuredProcedure
+from infalign.procedures.measured import MeasuredProcedure
 from infalign.rollouts.batches import require_fit
 from infalign.rollouts.decode import decode, uniforms
 from infalign.rollouts.progress import Progress, no_progress

@@ -7,14 +7,13 @@ tilts too much; rewarding Φ_K(b) = β log E[exp(Φ(U)/β) | b] keeps the normal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
+from infalign import special
 from infalign.errors import InputError
 from infalign.procedures import whole_number
 from infalign.quadrature import adapt, expit, mesh_with_knots
@@ -23,16 +22,6 @@ from infalign.theory.winrate import Objective
 from infalign.transforms import Log, RewardTransform, check_is_transform, positive_beta, rounding
 
 Array = npt.NDArray[np.float64]
-
-
-class _Special(Protocol):
-    """The SciPy functions used here, with their types (SciPy ships none)."""
-
-    betaln: Callable[[Array, Array], Array]
-    logsumexp: Callable[..., Array]
-
-
-_special = cast(_Special, _scipy_special)
 
 _NEGLIGIBLE = 1e-17
 """Share of an integral that is left out at either end."""
@@ -70,10 +59,10 @@ def rank_conditional_tilt(transform: RewardTransform, beta: float, num_ref: int)
     beta = positive_beta(beta)
     num_ref = check_num_ref(num_ref)
     ranks = np.arange(num_ref + 1, dtype=np.float64)
-    normalisers = _special.betaln(ranks + 1.0, num_ref - ranks + 1.0)
+    normalisers = special.betaln(ranks + 1.0, num_ref - ranks + 1.0)
     if isinstance(transform, Log):
         # E[U^(1/β)] is a ratio of Beta functions.
-        return beta * (_special.betaln(ranks + 1.0 + 1.0 / beta, num_ref - ranks + 1.0) - normalisers)
+        return beta * (special.betaln(ranks + 1.0 + 1.0 / beta, num_ref - ranks + 1.0) - normalisers)
     # A posterior is about 2/sqrt(K) wide in the logit coordinate; the tilt may move and sharpen its peak.
     spacing = min(2.0, max(6.0 / math.sqrt(num_ref + 1.0 / beta), 0.005))
     top = float(transform(1.0)) / beta
@@ -92,7 +81,7 @@ def rank_conditional_tilt(transform: RewardTransform, beta: float, num_ref: int)
         low = int(np.searchsorted(np.cumsum(_normalised(from_left)), _NEGLIGIBLE))
         high = log_u.size - int(np.searchsorted(np.cumsum(_normalised(from_right)[::-1]), _NEGLIGIBLE))
         near = slice(low, high)
-        parts.append(_special.logsumexp(log_weights[near] + b * log_u[near] + (num_ref - b) * log_v[near], axis=1))
+        parts.append(special.logsumexp(log_weights[near] + b * log_u[near] + (num_ref - b) * log_v[near], axis=1))
     return np.maximum.accumulate(beta * (np.concatenate(parts) - normalisers + top))
 
 

@@ -20,31 +20,16 @@ Beyond the paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
+from infalign import special
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, whole_number
-from infalign.quadrature import unit_interval
-
-Array = npt.NDArray[np.float64]
-
-
-class _Special(Protocol):
-    """The SciPy functions used here, with their types (SciPy ships none)."""
-
-    betainc: Callable[[float, float, Array], Array]
-    betaln: Callable[[Any, Any], Any]
-    xlogy: Callable[[Any, Array], Array]
-    xlog1py: Callable[[Any, Array], Array]
-
-
-_special = cast(_Special, _scipy_special)
+from infalign.procedures.base import InferenceProcedure, whole_number
+from infalign.quadrature import Array, unit_interval
 
 
 @dataclass(frozen=True)
@@ -195,7 +180,7 @@ class EarlyStopping(InferenceProcedure):
         """E p^e, summed over the exponents e, e + step, ... of `count` blocks."""
         if self._beta is not None:
             a, b = self._beta
-            return math.exp(_special.betaln(a + exponent, b) - _special.betaln(a, b))
+            return math.exp(special.betaln(a + exponent, b) - special.betaln(a, b))
         p = self.stop_at
         if p == 0.0:
             return float(exponent == 0)
@@ -209,10 +194,10 @@ class EarlyStopping(InferenceProcedure):
         if self._beta is None:
             return np.asarray(q >= self.stop_at, dtype=np.float64)
         a, b = self._beta
-        return _special.betainc(a + exponent, b, q)
+        return special.betainc(a + exponent, b, q)
 
     def _threshold_density(self, q: Array) -> Array:
         if self._beta is None:
             return np.zeros_like(q)
         a, b = self._beta
-        return np.exp(_special.xlogy(a - 1.0, q) + _special.xlog1py(b - 1.0, -q) - _special.betaln(a, b))
+        return special.beta_density(a, b, q)

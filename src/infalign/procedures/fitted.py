@@ -10,31 +10,17 @@ M is chosen by cross-validated likelihood.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special as _scipy_special  # pyright: ignore[reportMissingTypeStubs]
 
+from infalign import special
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, OrderStatistic, whole_number
-from infalign.quadrature import unit_interval
-
-Array = npt.NDArray[np.float64]
-
-
-class _Special(Protocol):
-    """The SciPy functions used here, with their types (SciPy ships none)."""
-
-    betaln: Callable[[Any, Any], Array]
-    gammaln: Callable[[Any], Array]
-    xlogy: Callable[[Any, Any], Array]
-    xlog1py: Callable[[Any, Any], Array]
-
-
-_special = cast(_Special, _scipy_special)
+from infalign.procedures.base import InferenceProcedure, whole_number
+from infalign.procedures.order_statistics import OrderStatistic
+from infalign.quadrature import Array, unit_interval
 
 _DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _FOLDS = 5
@@ -194,9 +180,9 @@ def _bernstein(coefficients: Array, q: npt.ArrayLike) -> Array:
     points = unit_interval(q, "FittedProcedure")
     degree = coefficients.size - 1
     j = np.arange(degree + 1, dtype=np.float64)
-    log_binomials = _special.gammaln(degree + 1.0) - _special.gammaln(j + 1.0) - _special.gammaln(degree - j + 1.0)
+    log_binomials = special.gammaln(degree + 1.0) - special.gammaln(j + 1.0) - special.gammaln(degree - j + 1.0)
     flat = points.reshape(-1, 1)
-    basis = np.exp(log_binomials + _special.xlogy(j, flat) + _special.xlog1py(degree - j, -flat))
+    basis = np.exp(log_binomials + special.xlogy(j, flat) + special.xlog1py(degree - j, -flat))
     return (basis @ coefficients).reshape(points.shape)
 
 
@@ -205,15 +191,12 @@ def _likelihood(ranks: Array, degree: int, num_ref: int | None) -> Array:
     k = np.arange(1, degree + 1, dtype=np.float64)
     other = degree - k + 1.0
     if num_ref is None:
-        column = ranks[:, None]
-        return np.exp(
-            _special.xlogy(k - 1.0, column) + _special.xlog1py(other - 1.0, -column) - _special.betaln(k, other)
-        )
+        return special.beta_density(k, other, ranks[:, None])
 
     def beta_binomial(count: Array) -> Array:
         column = count[:, None]
-        choose = -_special.betaln(column + 1.0, num_ref - column + 1.0) - math.log(num_ref + 1.0)
-        return np.exp(choose + _special.betaln(column + k, num_ref - column + other) - _special.betaln(k, other))
+        choose = -special.betaln(column + 1.0, num_ref - column + 1.0) - math.log(num_ref + 1.0)
+        return np.exp(choose + special.betaln(column + k, num_ref - column + other) - special.betaln(k, other))
 
     counts = np.rint(2.0 * ranks * num_ref) / 2.0
     # A tie with one reference reward is half a count on either side.

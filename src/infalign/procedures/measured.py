@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from infalign.errors import InputError
 
@@ -52,10 +52,9 @@ class MeasuredProcedure:
             raise InputError(f"unknown key {min(unknown)}", where="procedure",
                              mend="A measured procedure has kind, decoder and rollouts_per_prompt")  # fmt: skip
         decoder = description["decoder"]
-        settings: Any = {"function": decoder} if isinstance(decoder, str) else decoder
-        if not isinstance(settings, Mapping) or set(settings) not in (
-            {"function"}, {"beam"}, {"top_p"}, {"proxy", "n"}
-        ):  # fmt: skip
+        given: object = {"function": decoder} if isinstance(decoder, str) else decoder
+        settings = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else {}
+        if set(settings) not in ({"function"}, {"beam"}, {"top_p"}, {"proxy", "n"}):
             raise InputError(f"{decoder!r} is no decoder", where="procedure.decoder", mend=f"Write {_FORMS}")
         for name in ("beam", "n"):
             if name in settings and not (_whole(settings[name]) and settings[name] >= 2):
