@@ -53,7 +53,7 @@ class MeasuredProcedure:
                              mend="A measured procedure has kind, decoder and rollouts_per_prompt")  # fmt: skip
         decoder = description["decoder"]
         given: object = {"function": decoder} if isinstance(decoder, str) else decoder
-        settings = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else {}
+        settings: Mapping[str, Any] = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else {}
         if set(settings) not in ({"function"}, {"beam"}, {"top_p"}, {"proxy", "n"}):
             raise InputError(f"{decoder!r} is no decoder", where="procedure.decoder", mend=f"Write {_FORMS}")
         for name in ("beam", "n"):
