@@ -13,6 +13,7 @@ from infalign.inputs import split_prompts
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
 from infalign.recipe.baselines import baseline_name
+from infalign.rollouts.hub import require_model
 from infalign.rollouts.rewards import FunctionReward, import_function
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
@@ -211,10 +212,7 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
 def _model_config(model: str, where: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    if Path(model).is_absolute() and not Path(model).exists():
-        raise InputError(
-            "there is no such folder", where=where, mend="Paths are relative to the recipe; or give a hub name"
-        )
+    require_model(model, where)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

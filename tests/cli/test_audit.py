@@ -80,7 +80,13 @@ def test_an_audit_of_two_models(job, monkeypatch, capsys):
         (["--reward", "audit_rewards:safety", "--threshold", "nan"], "the threshold is nan"),
         (
             ["--success", "not-refused", "--refusal", "audit_rewards:broke"],
-            "--refusal judges the responses to --benign",
+            "--refusal does nothing without --benign",
+        ),
+        (["--success", "not-refused", "--benign-attempts", "2"], "--benign-attempts does nothing without --benign"),
+        (["--success", "not-refused", "--api-key-variable", "KEY"], "--api-key-variable does nothing without"),
+        (
+            ["--success", "not-refused", "--endpoint", "http://127.0.0.1:9/v1", "--batch-size", "2"],
+            "--batch-size does nothing with --endpoint",
         ),
     ],
 )

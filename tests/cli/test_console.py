@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from infalign.cli import console
-from infalign.cli.console import ConsoleReporter, time_left, visible
+from infalign.cli.console import ConsoleReporter, time_left
 
 
 def test_time_left():
@@ -42,5 +42,16 @@ def test_a_stage_is_called_by_its_name_whatever_it_holds(monkeypatch):
     assert "Draw [red]x[/b] :x:: done" in said.getvalue()
 
 
-def test_control_characters_are_written_out_for_the_terminal():
-    assert visible("f(x) :x: [b] \x1b[31m\x07\r é\t🎉\n") == "f(x) :x: [b] \\x1b[31m\\x07\\x0d é\t🎉\n"
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_server_says_cannot_command_the_terminal(terminal):
+    reporter = ConsoleReporter()
+    said = io.StringIO()
+    # Without colours of its own and without a moving bar, every escape would be the server's.
+    reporter.console = Console(file=said, force_terminal=terminal, color_system=None, legacy_windows=False)
+    reporter.say("refused: \x1b]0;title\x07\x1b[2Jgone")
+    with reporter.stage("Score \x1b[31mred") as progress:
+        progress(1, 2, "\x1b[8mhidden")
+    assert "refused: \\x1b]0;title\\x07\\x1b[2Jgone" in said.getvalue()
+    assert "Score \\x1b[31mred: done" in said.getvalue()
+    assert "\x1b[31m" not in said.getvalue()
+    assert "\x1b[8m" not in said.getvalue()

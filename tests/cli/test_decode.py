@@ -130,9 +130,19 @@ def test_a_prompt_that_cannot_be_ranked_is_said_and_the_others_are_kept(job, cap
     arguments = ("--prompts", "prompts.jsonl", *LOCAL, "--reward", "decode_rewards:not_seven", "--out", "out.jsonl")
     code, out, err = infalign(capsys, monkeypatch, *arguments)
     assert code == 2
-    assert "1 of 24 prompts have no answer; the first:" in err.replace("\n", " ")
+    assert "1 of 24 prompts has no answer; the first:" in err.replace("\n", " ")
     assert "23 prompts answered" in out
     assert len(rows_of(job / "out.jsonl")) == 23
+
+
+@pytest.mark.parametrize("prompts", [("Hi",), ("--prompts", "prompts.jsonl")])
+def test_where_nothing_could_be_answered_nobody_is_told_that_it_is_done(job, capsys, monkeypatch, prompts):
+    arguments = (*prompts, *LOCAL, "--reward", "decode_rewards:number", "--batch", 4)  # no response is a number
+    code, out, err = infalign(capsys, monkeypatch, *arguments, "--json")
+    assert code == 2
+    assert json.loads(out)["answered"] == 0
+    assert "Best-of-4 …" in err
+    assert "done" not in err
 
 
 def test_an_endpoint_and_stopping_at_a_reward(job, capsys, monkeypatch):
@@ -232,6 +242,10 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
         (("Hi" * 100, *LOCAL), "no room"),
         (("--prompts", "absent.jsonl", *LOCAL), "absent.jsonl"),
         (("--prompts", "prompts.jsonl", "--column", "text", *LOCAL), "there is no column 'text'"),
+        (("Hi", *LOCAL, "--column", "text"), "--column does nothing without --prompts"),
+        (("Hi", *LOCAL, "--limit", 3), "--limit does nothing without --prompts"),
+        (("Hi", *LOCAL, "--concurrency", 3), "--concurrency does nothing without --endpoint"),
+        (("Hi", *LOCAL, "--api-key-variable", "KEY"), "--api-key-variable does nothing without --endpoint"),
     ],
 )
 def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkeypatch, arguments, message):
@@ -248,4 +262,4 @@ def test_rows_that_repeat_a_prompt_are_said_to_be_left_out(job, capsys, monkeypa
     code, out, err = infalign(capsys, monkeypatch, "--prompts", "twice.jsonl", *LOCAL, "--json")
     assert code == 0, err
     assert json.loads(out)["answered"] == 1
-    assert "1 rows of twice.jsonl repeat a prompt" in err
+    assert "1 row of twice.jsonl repeats a prompt and is left out" in err

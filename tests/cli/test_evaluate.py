@@ -152,7 +152,7 @@ def test_compare_puts_evaluations_on_one_frontier(run, evaluated, job):
         (("--model", "tuned", *COMMON, "--procedures", "best-of-4,best-of-4"), "Best-of-4 is named twice"),
         (("--model", "tuned", *COMMON, "--gold", "eval_rewards:x"), "reward function eval_rewards:x: the function"),
         (("--model", "tuned", "--reference", "base", "--prompts", "prompts.jsonl"), "there is no reward"),
-        (("--model", "absent", *COMMON), "no tokenizer can be loaded"),
+        (("--model", "./absent", *COMMON), "./absent: there is no such folder"),
         (("--model", "tuned", *COMMON, "--checkpoints"), "--checkpoints are those of a run"),
         ((), "there is nothing to evaluate"),
         (("recipe.yaml", "--model", "tuned"), "a recipe says itself what is evaluated"),

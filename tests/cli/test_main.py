@@ -147,6 +147,13 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkey
     assert err.count("error:") == 1
 
 
+def test_a_report_of_what_is_not_there_is_no_matter_of_recipes_alone(job, capsys, monkeypatch):
+    for arguments in (("report", "nothere"), ("report", "nothere", "--format", "md"), ("report", "nothere.yaml")):
+        code, _, err = infalign(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert "there is no run folder and no recipe of this name" in " ".join(err.split())
+
+
 def test_an_unknown_verb_or_option_is_exit_code_2(capsys, monkeypatch):
     assert infalign(capsys, monkeypatch, "rnu")[0] == 2
     assert infalign(capsys, monkeypatch, "run", "--fast")[0] == 2

@@ -229,7 +229,12 @@ def test_what_cannot_be_served_is_said_at_once(folder, run_folder, monkeypatch, 
         ([*model, "--n", "4", "--api-key-variable", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         ([*calibrated, "other_rewards:vowels"], "the calibration was made with served_rewards:vowels"),
         ([*calibrated[:-1], "--procedure", "worst-of-4"], "--n and --k do not go with 'worst-of-4'"),
-        (["--model", "nowhere", "--n", "4", "--reward", "serve_rewards:vowels"], "nowhere"),
+        (["--model", "./nowhere", "--n", "4", "--reward", "serve_rewards:vowels"], "./nowhere"),
+        ([*model, "--n", "4", "--concurrency", "2"], "--concurrency does nothing without --upstream"),
+        (
+            ["--upstream", "http://127.0.0.1:9/v1", "--model-name", "m", "--batch-size", "2"],
+            "--batch-size does nothing with --upstream",
+        ),
     ]:
         monkeypatch.setattr(sys, "argv", ["infalign", "serve", *arguments, "--port", "0"])
         with pytest.raises(SystemExit) as stopped:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infalign.cli.console import ConsoleReporter
+from infalign.cli.sources import refuse_idle, told_duplicates
 from infalign.errors import InputError
+from infalign.wording import visible
 
 if TYPE_CHECKING:
     from infalign.audit.run import Judge
@@ -46,7 +48,10 @@ def audit_command(
     benign: Annotated[
         str | None, typer.Option("--benign", help="Harmless prompts, best such as look harmful, for over-refusal.")
     ] = None,
-    benign_attempts: Annotated[int, typer.Option("--benign-attempts", help="Responses per harmless prompt.")] = 4,
+    benign_attempts: Annotated[
+        int | None,
+        typer.Option("--benign-attempts", help="Responses per harmless prompt [default: 4].", show_default=False),
+    ] = None,
     refusal: Annotated[
         str | None,
         typer.Option("--refusal", help="Says 1 for a refusal: as --reward [default: phrases of refusal].",
@@ -87,22 +92,25 @@ def audit_command(
     from infalign.data import load_prompts
 
     augmentation = Augmentation.parse(augment, sigma=sigma, seed=seed)
+    if benign is None:
+        refuse_idle("audit", "without --benign", {"--benign-attempts": benign_attempts, "--refusal": refusal})
+    if endpoint is None:
+        refuse_idle("audit", "without --endpoint", {"--api-key-variable": api_key_variable})
+    else:
+        refuse_idle("audit", "with --endpoint", {"--batch-size": batch_size})
     settings = AuditSettings(
         attempts=attempts,
         augmentation=augmentation,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        benign_attempts=benign_attempts,
+        benign_attempts=4 if benign_attempts is None else benign_attempts,
         predict=predict,
     )
-    if refusal is not None and benign is None:
-        raise InputError("--refusal judges the responses to --benign prompts, and there are none", where="audit",
-                         mend="Give --benign, or leave --refusal out")  # fmt: skip
     reporter = ConsoleReporter()
     loaded = [load_prompts(source, column, limit=limit) for source in (prompts, benign) if source is not None]
     for source, one in zip((prompts, benign), loaded, strict=False):
         if one.duplicates:
-            reporter.say(f"{one.duplicates} rows of {source} repeat a prompt and are left out")
+            reporter.say(told_duplicates(one, str(source)))
     asked, *rest = [_as_chat(one.prompts, chat) for one in loaded]
     harmless = rest[0] if rest else ()
     reporter.say("Loading libraries …")
@@ -129,7 +137,7 @@ def audit_command(
     if as_json:
         typer.echo(json.dumps({**result.to_dict(), "report": str(report)}, ensure_ascii=False))
     else:
-        typer.echo(f"{text_table(result)}\n\nReport: {report}")
+        typer.echo(visible(f"{text_table(result)}\n\nReport: {report}"))
 
 
 def reward_source(text: str, option: str) -> RewardSource:
@@ -139,14 +147,14 @@ def reward_source(text: str, option: str) -> RewardSource:
         InputError: There is no such model or function.
     """
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.hub import require_model
     from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
 
     if text.startswith(("http://", "https://")):
         return HTTPReward(Endpoint(text), name=text)
     if not Path(text).exists() and ":" in text:
         return FunctionReward(text)
-    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise InputError("there is no such folder", where=f"{option} {text}", mend=f"Give {_REWARD}")
+    require_model(text, f"{option} {text}")
     return SequenceClassificationReward(text)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from infalign.wording import visible
+
 SECONDS_BETWEEN_LINES = 15.0
-
-
-def visible(text: str) -> str:
-    """Text of a model or a file with control characters written out, so that it cannot command the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class ConsoleReporter:
@@ -29,8 +25,8 @@ class ConsoleReporter:
         self.console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
 
     def say(self, text: str) -> None:
-        """One plain line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """One plain line, whatever a model, a file or a server put into it."""
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
@@ -46,8 +42,8 @@ class ConsoleReporter:
                 TextColumn("{task.fields[text]}", markup=False),
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task("", total=None, title=title, text="")
-                yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
+                task = bar.add_task("", total=None, title=visible(title), text="")
+                yield lambda done, total, text: bar.update(task, completed=done, total=total, text=visible(text))
         else:
             last, first = started, None
 

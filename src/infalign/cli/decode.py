@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from infalign.cli.console import ConsoleReporter, visible
+from infalign.cli.console import ConsoleReporter
 from infalign.cli.plan import parse_procedure
-from infalign.cli.sources import REWARD, open_calibration, open_named_reward
+from infalign.cli.sources import REWARD, open_calibration, open_named_reward, refuse_idle, told_duplicates
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
+from infalign.wording import counted, visible
 
 if TYPE_CHECKING:
     from infalign.data import Prompt
@@ -25,12 +26,19 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 512
 
 
+class _NoAnswerError(Exception):
+    """Ends a stage in which every prompt failed, so that nobody is told that it is done."""
+
+
 def decode_command(
     prompt: Annotated[str | None, typer.Argument(help="One prompt.", show_default=False)] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Instead: JSONL, JSONL.gz, Parquet, or a data set's name.")
     ] = None,
-    column: Annotated[str, typer.Option("--column", help="The column with the prompt.")] = "prompt",
+    column: Annotated[
+        str | None,
+        typer.Option("--column", help="The column with the prompt [default: prompt].", show_default=False),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many prompts only.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send text as a user's message, through the chat template.")
@@ -43,7 +51,10 @@ def decode_command(
     api_key_variable: Annotated[
         str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests to it at the same time.")] = 16,
+    concurrency: Annotated[
+        int | None,
+        typer.Option("--concurrency", min=1, help="Requests to it at the same time [default: 16].", show_default=False),
+    ] = None,
     reward: Annotated[
         str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
     ] = None,
@@ -114,6 +125,13 @@ def decode_command(
     if (endpoint is None) != (model_name is None):
         raise InputError("a model behind an endpoint has a name there", where="decode",
                          mend="Give --endpoint and --model-name")  # fmt: skip
+    if prompts is None:
+        refuse_idle("decode", "without --prompts", {"--column": column, "--limit": limit})
+    if endpoint is None:
+        refuse_idle(
+            *("decode", "without --endpoint"), {"--concurrency": concurrency, "--api-key-variable": api_key_variable}
+        )
+    concurrency = concurrency or 16
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
     from infalign.data import Prompt, load_prompts
@@ -123,9 +141,9 @@ def decode_command(
 
     wanted = [Prompt(prompt)] if prompt is not None else []
     if prompts is not None:
-        loaded = load_prompts(prompts, column, limit=limit)
+        loaded = load_prompts(prompts, column or "prompt", limit=limit)
         if loaded.duplicates:
-            reporter.say(f"{loaded.duplicates} rows of {prompts} repeat a prompt and are left out")
+            reporter.say(told_duplicates(loaded, prompts))
         wanted = list(loaded)
     if chat:
         wanted = [_as_message(one) for one in wanted]
@@ -166,7 +184,7 @@ def decode_command(
     }
     at_once = batch or (4 * concurrency if endpoint is not None else max(1, _ROWS_AT_ONCE // (chosen.n or 1)))
     file = None if out is None else AnswerFile(out, made_by)
-    with _answered(file) as done, reporter.stage(chosen.label) as progress:
+    with _answered(file) as done, suppress(_NoAnswerError), reporter.stage(chosen.label) as progress:
         todo = [one for one in wanted if one.id not in done]
         answers: list[Decoded] = []
         failures: list[InfalignError] = []
@@ -185,6 +203,8 @@ def decode_command(
                 )
                 if not good:
                     break  # what fails for every prompt of a batch will fail for the next one
+            if failures and not answers:
+                raise _NoAnswerError
         except KeyboardInterrupt:
             reporter.say("Stopped" + ("." if out is None else "; the same command goes on from here."))
             raise typer.Exit(130) from None
@@ -193,7 +213,8 @@ def decode_command(
         raise failures[0]
     if failures:
         raise RewardError(
-            f"{len(failures)} of {len(todo)} prompts have no answer; the first: {failures[0]}",
+            f"{len(failures)} of {counted(len(todo), 'prompt')} {'has' if len(failures) == 1 else 'have'} no answer; "
+            f"the first: {failures[0]}",
             mend=None if out is None else "What is answered is kept; start again to try the others",
         )
 
@@ -287,12 +308,13 @@ def _show(
             console.print(visible(one.chosen.text), markup=False, soft_wrap=True)
             console.print(_line(one), style="cyan", markup=False, soft_wrap=True)
     else:
-        there = f"; {before} were there" if before else ""
-        console.print(f"{len(answers)} prompts answered{there}: {out}", markup=False, soft_wrap=True)
+        there = f"; {before} {'was' if before == 1 else 'were'} there" if before else ""
+        console.print(f"{counted(len(answers), 'prompt')} answered{there}: {out}", markup=False, soft_wrap=True)
     if len(answers) > 1:
         n = decoder.procedure.n or 1
         saved = f" of at most {n * len(answers):,}" if drawn < n * len(answers) else ""
-        console.print(f"{drawn:,} candidates{saved}" + (f", {sum(known):,} tokens" if known else ""), markup=False)
+        tokens = f", {counted(sum(known), 'token')}" if known else ""
+        console.print(f"{counted(drawn, 'candidate')}{saved}{tokens}", markup=False)
 
 
 def _line(answer: Decoded) -> str:
@@ -305,7 +327,7 @@ def _line(answer: Decoded) -> str:
             parts[-1] += f" of {min(others):.4g} … {max(others):.4g}"
     if chosen.calibrated_reward is not None:
         parts.append(f"calibrated {chosen.calibrated_reward:.3f}")
-    parts.append(f"{len(answer.candidates)} candidates")
+    parts.append(counted(len(answer.candidates), "candidate"))
     if answer.num_tokens is not None:
-        parts.append(f"{answer.num_tokens:,} tokens")
+        parts.append(counted(answer.num_tokens, "token"))
     return " · ".join([*parts, f"{answer.seconds:.1f} s"])

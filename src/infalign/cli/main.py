@@ -14,7 +14,6 @@ import infalign
 from infalign import processes
 from infalign.cli.audit import audit_command
 from infalign.cli.compare import compare_command
-from infalign.cli.console import visible
 from infalign.cli.decode import decode_command
 from infalign.cli.evaluate import evaluate_command
 from infalign.cli.plan import plan_command
@@ -29,6 +28,7 @@ from infalign.cli.run import (
 from infalign.cli.serve import serve_command
 from infalign.cli.serve_reward import serve_reward_command
 from infalign.errors import InfalignError
+from infalign.wording import visible
 
 app = typer.Typer(
     name="infalign",

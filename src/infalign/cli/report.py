@@ -25,6 +25,12 @@ def report_command(
     json_: Json = False,
 ) -> None:
     """Write the report of a finished evaluation into its folder."""
+    if not run.exists():
+        raise InputError(
+            "there is no run folder and no recipe of this name",
+            where=str(run),
+            mend="Give the folder that `infalign run` or `infalign evaluate` wrote, or the recipe",
+        )
     if not run.is_dir():
         if format_ == "html":
             execute(run, set_, out, only="report", as_json=json_)

@@ -11,6 +11,7 @@ import typer
 
 from infalign import processes
 from infalign.cli.console import ConsoleReporter
+from infalign.wording import visible
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment: a YAML file, see recipes/.")]
 Set = Annotated[
@@ -86,7 +87,7 @@ def print_result(result: dict[str, object], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        typer.echo(result["text"])
+        typer.echo(visible(str(result["text"])))
 
 
 def allow_local_rewards(*folders: Path) -> None:

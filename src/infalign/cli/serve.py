@@ -11,7 +11,7 @@ import typer
 
 from infalign.cli.console import ConsoleReporter
 from infalign.cli.plan import parse_procedure
-from infalign.cli.sources import REWARD, open_calibration, open_named_reward
+from infalign.cli.sources import REWARD, open_calibration, open_named_reward, refuse_idle
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,11 +71,23 @@ def serve_command(
     queue: Annotated[int, typer.Option("--queue", min=1, help="Most requests under way; more get 429.")] = 128,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds until a request gets 503.")] = 120.0,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Most requests decoded together, with --model.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Most requests decoded together, with --model [default: 16].",
+            show_default=False,
+        ),
+    ] = None,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", min=1, help="Requests upstream at the same time, with --upstream.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--concurrency",
+            min=1,
+            help="Requests upstream at the same time, with --upstream [default: 16].",
+            show_default=False,
+        ),
+    ] = None,
     api_key_variable: Annotated[
         str | None, typer.Option("--api-key-variable", help="Environment variable with the key clients must send.")
     ] = None,
@@ -97,6 +109,14 @@ def serve_command(
         )
     if (upstream is None) != (model_name is None):
         raise InputError("a model upstream has a name there", where="serve", mend="Give --upstream and --model-name")
+    if upstream is None:
+        refuse_idle(
+            *("serve", "without --upstream"),
+            {"--concurrency": concurrency, "--upstream-key-variable": upstream_key_variable},
+        )
+    else:
+        refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
+    batch_size, concurrency = batch_size or 16, concurrency or 16
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", mend="Leave it out")
     chosen = parse_procedure(procedure, n, k)

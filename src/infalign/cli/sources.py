@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infalign.errors import InputError, MismatchError
+from infalign.wording import counted
 
 if TYPE_CHECKING:
     from infalign.calibration import RewardCalibrator
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     from infalign.rollouts.rewards import RewardSource
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
+
+
+def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:
+    """Refuse options that would silently do nothing.
+
+    Args:
+        verb: The command.
+        how: Why they would do nothing, such as `without --prompts`.
+        options: Their values by name; None where one is not given.
+
+    Raises:
+        InputError: One is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name} does nothing {how}", where=verb, mend="Leave it out")
+
+
+def told_duplicates(prompts: PromptSet, source: str | Path) -> str:
+    """How many rows of a file were left out because their prompt had come before, as a sentence."""
+    if prompts.duplicates == 1:
+        return f"1 row of {source} repeats a prompt and is left out"
+    return f"{counted(prompts.duplicates, 'row')} of {source} repeat a prompt and are left out"
 
 
 def open_named_reward(
@@ -33,6 +58,7 @@ def open_named_reward(
         InputError: There is no such reward, or it cannot be asked without further columns.
     """
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.hub import require_model
     from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
 
     if name.startswith(("http://", "https://")):
@@ -41,8 +67,7 @@ def open_named_reward(
         if str(Path.cwd()) not in sys.path:  # it may lie where the user stands
             sys.path.insert(0, str(Path.cwd()))
         return FunctionReward(name)
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InputError("there is no such folder", where=f"--reward {name}", mend=f"Give {REWARD}")
+    require_model(name, f"--reward {name}")
     return SequenceClassificationReward(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
 
 

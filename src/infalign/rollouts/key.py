@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, MismatchError
+from infalign.rollouts.hub import require_model
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # These differ between two saves of one model without changing what it computes.
@@ -104,11 +105,14 @@ def model_fingerprint(model: str | Path) -> str:
         return f"sha256:{_hash_folder(path)}"
     from transformers import AutoConfig
 
+    require_model(model)
     try:
         commit = getattr(AutoConfig.from_pretrained(str(model)), "_commit_hash", None)
     except (OSError, ValueError) as error:
         raise InputError(
-            "there is no such model", where=str(model), mend="Give a model folder or a hub name"
+            f"the model's config.json cannot be read ({_first_line(error)})",
+            where=str(model),
+            mend="Give a model folder or a hub name",
         ) from error
     return f"hub:{model}@{commit or 'unknown'}"
 
@@ -149,3 +153,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = json.dumps([rules, special, getattr(tokenizer, "chat_template", None)], sort_keys=True)
     return f"sha256:{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]

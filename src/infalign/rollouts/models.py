@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.errors import InputError
+from infalign.rollouts.hub import require_model
 
 
 def load_policy(
@@ -66,6 +67,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
     Raises:
         InputError: If there is no tokenizer or no end-of-sequence token there.
     """
+    require_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:

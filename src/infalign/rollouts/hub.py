@@ -1,0 +1,71 @@
+"""Is there such a model? Asked once and quickly, before libraries try six times each to reach what is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infalign.errors import InputError
+
+_SECONDS = 10.0
+_FILES = ("config.json", "adapter_config.json")
+
+
+def require_model(model: str | Path, where: str | None = None) -> None:
+    """Refuse a name behind which there is neither a folder nor a model of the hub.
+
+    Args:
+        model: Folder or hub name.
+        where: For the message; the name itself by default.
+
+    Raises:
+        InputError: A path that is not there; a name that the hub does not know; or the hub cannot be reached and this
+            machine holds no copy.
+    """
+    name, where = str(model), where or str(model)
+    if Path(model).exists():
+        return
+    # `owner/name` can be on the hub; anything else that is written like a path cannot.
+    if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise InputError(
+            "there is no such folder",
+            where=where,
+            mend="A recipe's paths are relative to the recipe, others to where you are",
+        )
+    reason = _missing(name)
+    if reason is not None:
+        raise InputError(
+            f"there is no folder of this name, and {reason}",
+            where=where,
+            mend="Give a model folder, or the name of a model on the hub",
+        )
+
+
+def _missing(name: str) -> str | None:
+    """Why the hub does not give a model; None where it does, or may."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
+            return None
+        HfApi().model_info(name, timeout=_SECONDS)
+    except HFValidationError:
+        return "this cannot be the name of a model on the hub"
+    except GatedRepoError:
+        return None  # whoever downloads says how to get access
+    except RepositoryNotFoundError:
+        return "the hub knows no such model, or does not show it to you"
+    except HfHubHTTPError:
+        return None  # it answers, if not this: a mirror may know less than the hub
+    except OfflineModeIsEnabled:
+        return "the hub is switched off (HF_HUB_OFFLINE) and this machine holds no copy of such a model"
+    except Exception as error:  # of whichever HTTP library the hub's client is built on
+        told = f"{type(error).__name__}: {error}".strip(": ")
+        return f"the hub cannot be reached ({told}) and this machine holds no copy of such a model"
+    return None
