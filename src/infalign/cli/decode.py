@@ -184,10 +184,11 @@ def decode_command(
     }
     at_once = batch or (4 * concurrency if endpoint is not None else max(1, _ROWS_AT_ONCE // (chosen.n or 1)))
     file = None if out is None else AnswerFile(out, made_by)
+    todo: list[Prompt] = []
+    answers: list[Decoded] = []
+    failures: list[InfalignError] = []
     with _answered(file) as done, suppress(_NoAnswerError), reporter.stage(chosen.label) as progress:
         todo = [one for one in wanted if one.id not in done]
-        answers: list[Decoded] = []
-        failures: list[InfalignError] = []
         progress(len(wanted) - len(todo), len(wanted), "")
         try:
             for start in range(0, len(todo), at_once):
