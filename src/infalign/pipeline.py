@@ -1,6 +1,6 @@
 """The stages of a run, in order: rollouts → calibration → training → evaluation → report.
 
-What each stage depends on is written here; the work itself is in `stages.py`. A stage is skipped when its inputs have
+What each stage depends on is written here; the work itself is in `stages/`. A stage is skipped when its inputs have
 not changed.
 """
 
@@ -16,18 +16,11 @@ from typing import Any, Protocol
 from infalign import processes
 from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
-from infalign.decoder_stages import (
-    PROCEDURE,
-    THROUGH,
-    fitted_procedure,
-    measure_procedure,
-    measure_through,
-    run_through,
-)
 from infalign.errors import InfalignError, StorageError
 from infalign.evaluation.record import Evaluation
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
+from infalign.report.build import build_report
 from infalign.report.calibration_display import calibration_lines
 from infalign.report.table import text_table, through_lines
 from infalign.rollouts.black_box import decoder_key
@@ -35,7 +28,9 @@ from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
 from infalign.run_rewards import open_reward
-from infalign.stages import PlannedTransform, Stages
+from infalign.stages import calibrate, decoder, evaluate, rollout, testbed, train
+from infalign.stages.planned import PlannedTransform
+from infalign.stages.run import Run
 from infalign.training.landing import Landing
 
 MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
@@ -67,7 +62,7 @@ class Pipeline:
         self.recipe = recipe
         self.out = out
         self.reporter = reporter
-        self.stages = Stages(recipe, out, reporter.say)
+        self._run = Run(recipe, out, reporter.say)
         self._only: str | None = None
         self._decoder = recipe.measured_procedure
 
@@ -104,12 +99,12 @@ class Pipeline:
     def _follow(self) -> dict[str, Any]:
         """What the other processes do: train whatever the main one is about to train."""
         while (planned := processes.hear()) is not None:
-            self.stages.align(planned, no_progress)
+            train.align_policy(self._run, planned, no_progress)
         return {}
 
     def _align(self, planned: PlannedTransform, progress: Progress) -> None:
         processes.tell(planned)
-        self.stages.align(planned, progress)
+        train.align_policy(self._run, planned, progress)
 
     def check(self) -> dict[str, Any]:
         """Check what can be checked before anything is computed: files, columns, models, lengths, memory.
@@ -123,7 +118,7 @@ class Pipeline:
     # --- what depends on what ---
 
     def _rollout(self) -> dict[str, Any]:
-        recipe, stages = self.recipe, self.stages
+        recipe, run = self.recipe, self._run
         self._prepare_models()
         sources = {"source", "evaluation_source"}
         self._stage(
@@ -131,7 +126,7 @@ class Pipeline:
             "rollout",
             {"sources": prompts_fingerprint(recipe), **recipe.prompts.model_dump(exclude=sources)},
             ["prompts"],
-            stages.split_prompts,
+            partial(rollout.write_prompts, run),
         )
         self._stage(
             "rollouts",
@@ -143,7 +138,7 @@ class Pipeline:
                 "seed": recipe.seed,
             },
             ["rollouts/reference"],
-            stages.draw_reference,
+            partial(rollout.draw_reference, run),
             title=f"Draw {recipe.rollouts.num_ref} reference rollouts per prompt",
         )
         self._stage(
@@ -151,24 +146,24 @@ class Pipeline:
             "rollout",
             {"rollouts": self._print_of("rollouts"), "reward": self._reward},
             [],  # rewards lie beside the rollouts, one column set per source: nothing to put aside
-            stages.score_reference,
+            partial(rollout.score_reference, run),
             title="Score the reference rollouts",
         )
         if self._only != "rollout":
             return {}
-        counts, where = stages.count_reference(), self.out / "rollouts" / "reference"
+        counts, where = rollout.count_reference(run), self.out / "rollouts" / "reference"
         told = f"{counts['rollouts']} reference rollouts of {counts['prompts']} prompts, {counts['tokens']:,} tokens"
         told += f", {counts['truncated']} cut at {recipe.rollouts.max_new_tokens}, {counts['unscored']} unscored"
         return {"text": f"{told}, in {where}", **counts, "store": str(where)}
 
     def _calibrate(self) -> dict[str, Any]:
-        recipe, stages = self.recipe, self.stages
+        recipe, run = self.recipe, self._run
         self._stage(
             "calibration",
             "calibrate",
             {"scores": self._print_of("scores"), **recipe.calibration.model_dump()},
             ["calibration"],
-            stages.fit_calibration,
+            partial(calibrate.fit_calibration, run),
             title="Calibrate the reward",
         )
         self._measure_procedure()
@@ -189,12 +184,12 @@ class Pipeline:
                 ),
             },
             ["plan.json"],
-            stages.make_plan,
+            partial(calibrate.make_plan, run),
             title="Choose beta and transforms",
         )
         # From here on the folder can be used without the recipe's file, as a reward for other trainers.
         write_json(self.out / RECIPE, recipe.model_dump(mode="json"))
-        plan, summary = stages.read_json("plan.json"), stages.read_json("calibration/summary.json")
+        plan, summary = run.read_json("plan.json"), run.read_json("calibration/summary.json")
         lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
         if summary["unscored"]:
             few = f"the prompt with the fewest has {summary['fewest_references']} references"
@@ -210,29 +205,29 @@ class Pipeline:
 
     def _measure_procedure(self) -> None:
         """Where the recipe names a decoder: measure it, and go on with the procedure that it turned out to be."""
-        decoder = self._decoder
-        if decoder is None:
+        measured = self._decoder
+        if measured is None:
             return
         self._stage(
             "procedure",
             "calibrate",
             {
                 "calibration": self._print_of("calibration"),
-                "decoder": decoder_key(decoder),
-                "rollouts_per_prompt": decoder.rollouts_per_prompt,
+                "decoder": decoder_key(measured),
+                "rollouts_per_prompt": measured.rollouts_per_prompt,
                 "most_samples": self.recipe.evaluation.num_samples,
                 "seed": self.recipe.seed,
             },
-            ["rollouts/procedure", PROCEDURE],
-            partial(measure_procedure, self.stages, decoder),
-            title=f"Measure the procedure ({decoder.label})",
+            ["rollouts/procedure", decoder.PROCEDURE],
+            partial(decoder.measure_procedure, self._run, measured),
+            title=f"Measure the procedure ({measured.label})",
         )
-        self.recipe = self.stages.recipe = self.recipe.with_procedure(fitted_procedure(self.stages))
+        self.recipe = self._run.recipe = self.recipe.with_procedure(decoder.fitted_procedure(self._run))
 
     def _evaluate_through(self, models: Mapping[str, tuple[str, str]]) -> None:
         """Where the recipe names a decoder: what it delivers with each model, beside the law fitted to it."""
-        decoder = self._decoder
-        if decoder is None:
+        measured = self._decoder
+        if measured is None:
             return
         for number, (name, (model, made_by)) in enumerate(models.items(), start=1):
             self._stage(
@@ -242,13 +237,13 @@ class Pipeline:
                     "model": made_by,
                     "prompts": self._print_of("prompts"),
                     "reward": self._reward,
-                    "decoder": decoder_key(decoder),
-                    "rollouts_per_prompt": decoder.rollouts_per_prompt,
+                    "decoder": decoder_key(measured),
+                    "rollouts_per_prompt": measured.rollouts_per_prompt,
                     "max_new_tokens": self.recipe.rollouts.max_new_tokens,
                     "seed": self.recipe.seed,
                 },
                 [f"rollouts/through-{name}"],
-                partial(run_through, self.stages, name, model, number, decoder),
+                partial(decoder.run_through, self._run, name, model, number, measured),
                 title=f"Run the decoder ({name})",
             )
         self._stage(
@@ -258,15 +253,15 @@ class Pipeline:
                 "rollouts": [self._print_of(f"through-{name}") for name in models],
                 "confidence": self.recipe.evaluation.confidence,
             },
-            [THROUGH],
-            partial(measure_through, self.stages, decoder),
+            [decoder.THROUGH],
+            partial(decoder.measure_through, self._run, measured),
             title="Measure win rates through the decoder",
         )
 
     def _train(self) -> dict[str, Any]:
-        recipe, stages = self.recipe, self.stages
+        recipe, run = self.recipe, self._run
         trained: dict[str, Any] = {}
-        for planned in stages.planned():
+        for planned in run.planned():
             name = planned.name
             self._stage(
                 f"align-{name}",
@@ -283,9 +278,9 @@ class Pipeline:
                 partial(self._align, planned),
                 title=f"Align ({name})",
             )
-            result = stages.read_json(f"policies/{name}/result.json")
+            result = run.read_json(f"policies/{name}/result.json")
             result.pop("steps")
-            trained[name] = {**result, "model": str(stages.policy_folder(name))}
+            trained[name] = {**result, "model": str(run.policy_folder(name))}
         lines: list[str] = []
         for name, entry in trained.items():
             lines.append(f"{name}: {entry['model']} (final beta {entry['beta']:.4g})")
@@ -294,12 +289,12 @@ class Pipeline:
         return {"text": "\n".join(lines), "policies": trained}
 
     def _evaluate(self) -> dict[str, Any]:
-        recipe, stages = self.recipe, self.stages
-        models = {"reference": (stages.reference, self._reference)}
-        for planned in stages.planned():
-            models[planned.name] = (str(stages.policy_folder(planned.name)), self._print_of(f"align-{planned.name}"))
+        recipe, run = self.recipe, self._run
+        models = {"reference": (run.reference, self._reference)}
+        for planned in run.planned():
+            models[planned.name] = (str(run.policy_folder(planned.name)), self._print_of(f"align-{planned.name}"))
         combined: dict[str, Any] = {}
-        if stages.rewards.combined:
+        if run.rewards.combined:
             self._stage(
                 "evaluation-calibration",
                 "evaluate",
@@ -312,7 +307,7 @@ class Pipeline:
                     "seed": recipe.seed,
                 },
                 ["rollouts/evaluation-calibration", "calibration-evaluation"],
-                stages.calibrate_evaluation,
+                partial(evaluate.calibrate_evaluation, run),
                 title="Calibrate the rewards on held-out prompts",
             )
             combined = {"calibration": self._print_of("evaluation-calibration")}
@@ -332,7 +327,7 @@ class Pipeline:
                     **combined,
                 },
                 [f"rollouts/evaluation-{name}"],
-                partial(stages.draw_for_evaluation, name, model, number),
+                partial(evaluate.draw_for_evaluation, run, name, model, number),
                 title=f"Fresh rollouts ({name})",
             )
         drawn = [self._print_of(f"evaluation-{name}") for name in models]
@@ -342,7 +337,7 @@ class Pipeline:
                 "evaluate",
                 {"rollouts": drawn, "reward": open_reward(gold).key},
                 [],  # scores lie beside the rollouts, one column set per source: nothing to put aside
-                partial(stages.score_gold, gold),
+                partial(evaluate.score_gold, run, gold),
                 title=f"Score by gold reward ({gold.label})",
             )
         self._stage(
@@ -357,7 +352,7 @@ class Pipeline:
                 **recipe.evaluation.model_dump(exclude={"gold"}),
             },
             ["evaluation.json"],
-            stages.measure,
+            partial(evaluate.measure, run),
             title="Measure win rates and KL",
         )
         self._evaluate_through(models)
@@ -369,7 +364,7 @@ class Pipeline:
             "report",
             {"evaluation": self._print_of("evaluation")},
             ["report.html"],
-            self.stages.write_report,
+            lambda _: build_report(self.out),
             title="Write the report",
         )
         path = str(self.out / "report.html")
@@ -384,38 +379,38 @@ class Pipeline:
         )
         if self._decoder is None:
             return {"text": text, **evaluation.to_dict()}
-        through = self.stages.read_json(THROUGH)
+        through = self._run.read_json(decoder.THROUGH)
         return {"text": f"{text}\n\n{through_lines(through)}", **evaluation.to_dict(), "through": through}
 
     def _prepare_models(self) -> None:
         """Know what the reference and the reward are; train the testbed's where the recipe brings none."""
-        recipe, stages = self.recipe, self.stages
-        testbed = None if recipe.testbed is None else recipe.testbed.model_dump()
+        recipe, run = self.recipe, self._run
+        own = None if recipe.testbed is None else recipe.testbed.model_dump()
         if recipe.policy.model is not None:
             self._reference = model_fingerprint(recipe.policy.model)
         else:
-            assert testbed is not None, "held by the recipe"
-            settings = {key: value for key, value in testbed.items() if key != "reward_model"}
+            assert own is not None, "held by the recipe"
+            settings = {key: value for key, value in own.items() if key != "reward_model"}
             self._stage(
                 "reference",
                 "rollout",
                 {"testbed": settings, "text": testbed_fingerprint(recipe), "seed": recipe.seed},
                 ["models/reference"],
-                stages.train_reference,
+                partial(testbed.make_reference, run),
                 title="Train the reference policy",
             )
             self._reference = self._print_of("reference")
         if recipe.reward[0].given:
             settings = [reward.model_dump(exclude={"batch_size"}) for reward in recipe.reward]
-            self._reward = fingerprint([stages.rewards.source().key, settings])
+            self._reward = fingerprint([run.rewards.source().key, settings])
         else:
-            settings = {"reference": self._reference, "testbed": testbed, "text": testbed_fingerprint(recipe)}
+            settings = {"reference": self._reference, "testbed": own, "text": testbed_fingerprint(recipe)}
             self._stage(
                 "reward-model",
                 "rollout",
                 {**settings, "seed": recipe.seed},
                 ["models/reward"],
-                stages.train_reward_model,
+                partial(testbed.make_reward_model, run),
                 title="Train the reward model",
             )
             self._reward = self._print_of("reward-model")
@@ -428,7 +423,7 @@ class Pipeline:
         group: str,
         settings: Mapping[str, Any],
         outputs: list[str],
-        work: Callable[[Progress], None],
+        work: Callable[[Progress], object],
         *,
         title: str | None = None,
     ) -> None:

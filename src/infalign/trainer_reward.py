@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from infalign.errors import InputError, MismatchError, StorageError
-from infalign.recipe import Recipe
-from infalign.run_folder import RECIPE
-from infalign.stages import Stages
+from infalign.errors import InputError, MismatchError
+from infalign.stages.run import open_run
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
 
@@ -50,8 +46,8 @@ class TrainerReward:
 
     def __init__(self, run_folder: str | Path, policy: str | None = None, *, beta: float | None = None) -> None:
         self.transformed = load_transformed_reward(run_folder, policy, beta=beta)
-        self.stages = open_run(run_folder)
-        self.prompts = self.stages.prompts("train")
+        self.run = open_run(run_folder)
+        self.prompts = self.run.prompts("train")
         self._content_of = {prompt.id: prompt.prompt for prompt in self.prompts}
         self._lock = threading.Lock()
 
@@ -76,7 +72,7 @@ class TrainerReward:
             if prompt_id not in self._content_of:
                 raise InputError(
                     f"prompt {prompt_id!r} is not one of the run's {len(self.prompts)} training prompts",
-                    where=str(self.stages.out),
+                    where=str(self.run.out),
                     mend="Train on the prompts of prompts/train.jsonl in the run folder, with their ids",
                 )
 
@@ -103,8 +99,8 @@ def load_transformed_reward(
         MismatchError: If the reward is not the one that the run was calibrated with.
         StorageError: If the folder does not hold a calibrated run.
     """
-    stages = open_run(run_folder)
-    planned = {entry.name: entry for entry in stages.planned()}
+    run = open_run(run_folder)
+    planned = {entry.name: entry for entry in run.planned()}
     name = next(iter(planned)) if policy is None else policy
     if name not in planned:
         raise InputError(
@@ -112,50 +108,19 @@ def load_transformed_reward(
             where=str(run_folder),
             mend=f"There are: {', '.join(planned)}",
         )
-    reward = stages.transformed_reward(planned[name])
-    scored_by = stages.store("reference").reward_sources
-    changed = [source.key for source in stages.rewards.sources() if source.key not in scored_by]
+    reward = run.transformed_reward(planned[name])
+    scored_by = run.store("reference").reward_sources
+    changed = [source.key for source in run.rewards.sources() if source.key not in scored_by]
     if changed:
         raise MismatchError(
             f"the reward is now {', '.join(changed)}, the calibration was made with {', '.join(scored_by)}",
             where=str(run_folder),
             mend="Do `infalign calibrate` again with the changed reward",
         )
-    reward.take_columns_from(stages.prompts("train"))
+    reward.take_columns_from(run.prompts("train"))
     if beta is not None:
         reward.beta = beta
     if isinstance(reward.transform, SelfConsistentTransform):
-        training = stages.recipe.training
+        training = run.recipe.training
         reward.transform.rollouts_per_step = training.prompts_per_step * training.num_generations
     return reward
-
-
-def open_run(run_folder: str | Path) -> Stages:
-    """A calibrated run, to read from.
-
-    Raises:
-        StorageError: If the folder does not hold one.
-    """
-    folder = Path(run_folder)
-    if not (folder / "run.json").exists():
-        raise StorageError(
-            "this is no run folder" if folder.is_dir() else "there is no such folder",
-            where=str(folder),
-            mend="Give the folder that `infalign run` wrote, runs/NAME by default",
-        )
-    missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
-    if missing:
-        raise StorageError(
-            f"this folder holds no calibrated run (there is no {missing[0]})",
-            where=str(folder),
-            mend="Do `infalign calibrate` with its recipe first; what is done already is kept",
-        )
-    try:
-        recipe = Recipe.model_validate(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
-        raise StorageError(
-            f"the run's recipe cannot be read ({error})",
-            where=str(folder / RECIPE),
-            mend="Do `infalign calibrate` with its recipe again; what is done already is kept",
-        ) from error
-    return Stages(recipe, folder, say=lambda text: None)

@@ -101,7 +101,7 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
         StorageError: The folder holds no calibrated run.
     """
     from infalign.run_folder import file_fingerprint, fingerprint
-    from infalign.trainer_reward import open_run
+    from infalign.stages.run import open_run
 
     run = open_run(run_folder)
     own = run.rewards.source()

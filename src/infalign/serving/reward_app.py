@@ -77,9 +77,9 @@ def make_reward_app(
     Returns:
         The application, and the queue behind it, to be stopped with the server.
     """
-    stages = reward.stages
+    run = reward.run
     texts = PromptTexts(
-        reward.prompts, load_tokenizer(stages.reference, trust_remote_code=stages.recipe.policy.trust_remote_code)
+        reward.prompts, load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code)
     )
     batcher = Batcher[_Asked, RewardAnswer](
         lambda asked: _reward(reward, asked), capacity=capacity, max_batch=batch_size

@@ -1,4 +1,4 @@
-"""The stages of a recipe whose procedure is a decoder: measure its distortion, and judge through the decoder itself."""
+"""A recipe whose procedure is a decoder: measure its distortion, and judge through the decoder itself."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_json
-from infalign.stages import Stages
+from infalign.stages.run import Run
 
 PROCEDURE, THROUGH = "procedure.json", "through.json"
 
 
-def measure_procedure(stages: Stages, decoder: MeasuredProcedure, progress: Progress) -> None:
+def measure_procedure(run: Run, decoder: MeasuredProcedure, progress: Progress) -> None:
     """The distortion of a decoder: ranks of what it returns on the reference, among the references that calibrate.
 
     It runs with a seed of its own, so that its outputs are none of those references.
     """
-    recipe, prompts = stages.recipe, stages.prompts("train")
-    rewards_PD = _run(stages, "procedure", stages.reference, "train", decoder, recipe.seed + 555, progress)
-    calibrator = stages.calibrator()
+    recipe, prompts = run.recipe, run.prompts("train")
+    rewards_PD = _scored(run, "procedure", run.reference, "train", decoder, recipe.seed + 555, progress)
+    calibrator = run.calibrator()
     assert isinstance(calibrator, RewardCalibrator), "held by the recipe"
     ranks_PD, num_ref_P = calibrator.calibrate(rewards_PD), calibrator.num_ref_P
     fitted = FittedProcedure.from_ranks(
@@ -50,31 +50,27 @@ def measure_procedure(stages: Stages, decoder: MeasuredProcedure, progress: Prog
         "mean_rank_error": mean.standard_error,
         "rank_histogram": np.histogram(ranks_PD, 20, (0.0, 1.0))[0].tolist(),
     }
-    write_json(stages.out / PROCEDURE, content)
-    stages.say(f"  {decoder.label}: mean rank {mean.estimate:.3f} ± {mean.standard_error:.3f}; {fitted.label}")
+    write_json(run.out / PROCEDURE, content)
+    run.say(f"  {decoder.label}: mean rank {mean.estimate:.3f} ± {mean.standard_error:.3f}; {fitted.label}")
 
 
-def fitted_procedure(stages: Stages) -> FittedProcedure:
+def fitted_procedure(run: Run) -> FittedProcedure:
     """The decoder's distortion, once it has been measured."""
-    content = stages.read_json(PROCEDURE)
+    content = run.read_json(PROCEDURE)
     return FittedProcedure(tuple(content["weights"]), content["num_samples"])
 
 
-def run_through(
-    stages: Stages, name: str, model: str, number: int, decoder: MeasuredProcedure, progress: Progress
-) -> None:
+def run_through(run: Run, name: str, model: str, number: int, decoder: MeasuredProcedure, progress: Progress) -> None:
     """What the decoder returns on held-out prompts with one model, scored."""
-    _run(stages, f"through-{name}", model, "evaluation", decoder, stages.recipe.seed + 1000 * number + 1, progress)
+    _scored(run, f"through-{name}", model, "evaluation", decoder, run.recipe.seed + 1000 * number + 1, progress)
 
 
-def measure_through(stages: Stages, decoder: MeasuredProcedure, progress: Progress) -> None:
+def measure_through(run: Run, decoder: MeasuredProcedure, progress: Progress) -> None:
     """Win rates of each policy over the reference, both used through the decoder itself."""
-    ids, key, count = stages.prompts("evaluation").ids, stages.rewards.source().key, decoder.rollouts_per_prompt
-    names = [planned.name for planned in stages.planned()]
-    reference, *policies = (
-        stages.store(f"through-{name}").rewards_PK(key, ids, count) for name in ("reference", *names)
-    )
-    level = stages.recipe.evaluation.confidence
+    ids, key, count = run.prompts("evaluation").ids, run.rewards.source().key, decoder.rollouts_per_prompt
+    names = [planned.name for planned in run.planned()]
+    reference, *policies = (run.store(f"through-{name}").rewards_PK(key, ids, count) for name in ("reference", *names))
+    level = run.recipe.evaluation.confidence
     first, *others = found = [win_rate(rewards_PD, reference, Standard(), confidence=level) for rewards_PD in policies]
     content = {
         "decoder": decoder.label,
@@ -84,18 +80,18 @@ def measure_through(stages: Stages, decoder: MeasuredProcedure, progress: Progre
             for name, one in zip(names[1:], (paired_difference(first, other) for other in others), strict=True)
         ],
     }
-    write_json(stages.out / THROUGH, content)
+    write_json(run.out / THROUGH, content)
 
 
-def _run(
-    stages: Stages, folder: str, model: str, side: str, decoder: MeasuredProcedure, seed: int, progress: Progress
+def _scored(
+    run: Run, folder: str, model: str, side: str, decoder: MeasuredProcedure, seed: int, progress: Progress
 ) -> NDArray[np.float64]:
     """Rewards of what a decoder returns, shape (P, D)."""
-    settings: dict[str, Any] = stages.recipe.policy.model_dump(include={"trust_remote_code", "allow_pickle"})
+    settings: dict[str, Any] = run.recipe.policy.model_dump(include={"trust_remote_code", "allow_pickle"})
     policy, tokenizer = load_policy(model, **settings)
-    length, prompts = stages.recipe.rollouts.max_new_tokens, stages.prompts(side)
+    length, prompts = run.recipe.rollouts.max_new_tokens, run.prompts(side)
     key = RolloutKey.of(model, tokenizer, max_new_tokens=length, seed=seed, sampler=decoder_key(decoder))
-    store = RolloutStore.open(stages.out / "rollouts" / folder, key)
+    store = RolloutStore.open(run.out / "rollouts" / folder, key)
     run_decoder(decoder, policy, tokenizer, prompts, store=store, progress=progress)
-    stages.rewards.score(store, prompts, progress, retry_unscored=True)
-    return store.rewards_PK(stages.rewards.source().key, prompts.ids, decoder.rollouts_per_prompt)
+    run.rewards.score(store, prompts, progress, retry_unscored=True)
+    return store.rewards_PK(run.rewards.source().key, prompts.ids, decoder.rollouts_per_prompt)

@@ -1,0 +1,53 @@
+"""A transform or baseline of the plan, and how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from infalign.recipe import Training
+from infalign.training.methods import is_online
+from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.transforms import Identity, RewardTransform, transform_from_dict
+
+
+@dataclass(frozen=True)
+class PlannedTransform:
+    """A transform to align with, or a baseline, and its β at the planned KL."""
+
+    name: str
+    transform: RewardTransform | SelfConsistentTransform  # the identity for a baseline, which has none
+    beta: float
+    baseline: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
+        """Inverse of what `plan.json` holds."""
+        if "baseline" in content:
+            return cls(content["name"], Identity(), content["beta"], content["baseline"])
+        described = content["transform"]
+        own = described["kind"] == SelfConsistentTransform.label
+        transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
+        return cls(content["name"], transform, content["beta"])
+
+    def trains_online(self, solver: str) -> bool:
+        """Whether it is trained by the online solver, where the recipe's transforms use `solver`."""
+        return solver == "online" if self.baseline is None else is_online(self.baseline)
+
+    def training_settings(self, training: Training) -> dict[str, Any]:
+        """The settings that decide what its training gives."""
+        if self.trains_online(training.solver):
+            return training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline"})
+        shared = {
+            "steps",
+            "prompts_per_step",
+            "num_generations",
+            "learning_rate",
+            "lora",
+            "keep_checkpoints",
+            "offline",
+        }
+        if self.baseline is None:
+            shared |= {"solver", "refresh_every"} if training.solver == "mixed" else {"solver"}
+        return training.model_dump(include=shared)

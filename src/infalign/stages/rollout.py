@@ -1,0 +1,94 @@
+"""Prompts, and the reference rollouts that calibrate the reward."""
+
+from __future__ import annotations
+
+import json
+
+from infalign.inputs import split_prompts
+from infalign.recipe import RolloutEndpoint
+from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
+from infalign.rollouts.http import Endpoint
+from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.models import load_tokenizer
+from infalign.rollouts.progress import Progress
+from infalign.rollouts.sample import sample
+from infalign.rollouts.store import RolloutStore
+from infalign.run_folder import write_text
+from infalign.run_rewards import scored_by_all
+from infalign.stages.run import Run
+
+
+def write_prompts(run: Run, progress: Progress) -> None:
+    """Training and evaluation prompts, written down once for all later stages."""
+    train, evaluation = split_prompts(run.recipe)
+    for name, prompts in (("train", train), ("evaluation", evaluation)):
+        rows = [{"id": p.id, "prompt": p.prompt, "row": p.row} for p in prompts]
+        lines = [json.dumps(row, default=str) for row in rows]
+        write_text(run.out / "prompts" / f"{name}.jsonl", "\n".join(lines) + "\n")
+    duplicates = train.duplicates + evaluation.duplicates
+    told = f"{len(train)} training and {len(evaluation)} evaluation prompts"
+    run.say(f"  {told}" + (f" ({duplicates} duplicates left out)" if duplicates else ""))
+
+
+def draw_reference(run: Run, progress: Progress) -> None:
+    """The K reference rollouts per training prompt that calibrate the reward."""
+    draw(run, "reference", run.reference, "train", run.recipe.rollouts.num_ref, run.recipe.seed, progress)
+
+
+def score_reference(run: Run, progress: Progress) -> None:
+    """Their rewards."""
+    run.rewards.score(run.store("reference"), run.prompts("train"), progress)
+
+
+def count_reference(run: Run) -> dict[str, int]:
+    """Of the reference rollouts of the training prompts: their tokens, how many were cut, and how many unscored."""
+    store, prompts = run.store("reference"), run.prompts("train")
+    ids, num_ref = prompts.ids, run.recipe.rollouts.num_ref
+    return {
+        "prompts": len(prompts),
+        "rollouts": len(prompts) * num_ref,
+        "tokens": int(store.column_PK("num_tokens", ids, num_ref).sum()),
+        "truncated": int((store.column_PK("finish_reason", ids, num_ref) == "length").sum()),
+        "unscored": int((~scored_by_all(run.rewards.read_PKM(store, ids, num_ref))).sum()),
+    }
+
+
+def draw(run: Run, folder: str, model: str, side: str, count: int, seed: int, progress: Progress) -> None:
+    """Rollouts of a model on the prompts of one side: here, or those of the reference at the recipe's server."""
+    if model == run.reference and run.recipe.rollouts.endpoint is not None:
+        _draw_at_endpoint(run, run.recipe.rollouts.endpoint, folder, side, count, seed, progress)
+        return
+    policy, tokenizer = run.load(model)
+    key = RolloutKey.of(model, tokenizer, max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
+    sample(
+        policy,
+        tokenizer,
+        run.prompts(side),
+        count,
+        store=RolloutStore.open(run.out / "rollouts" / folder, key),
+        batch_size=run.recipe.rollouts.batch_size,
+        progress=progress,
+    )
+
+
+def _draw_at_endpoint(
+    run: Run, served: RolloutEndpoint, folder: str, side: str, count: int, seed: int, progress: Progress
+) -> None:
+    tokenizer = load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code)
+    key = RolloutKey(
+        f"served:{served.model}",
+        tokenizer_fingerprint(tokenizer),
+        max_new_tokens=run.recipe.rollouts.max_new_tokens,
+        seed=seed,
+        sampler=SAMPLER,
+    )
+    sample_endpoint(
+        Endpoint(served.url, api_key_variable=served.api_key_variable),
+        served.model,
+        run.prompts(side),
+        count,
+        store=RolloutStore.open(run.out / "rollouts" / folder, key),
+        concurrency=served.concurrency,
+        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        progress=progress,
+    )

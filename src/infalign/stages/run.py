@@ -1,0 +1,131 @@
+"""What a run folder holds, for the stages that add to it and for those who use what they made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from infalign.calibration import RewardCalibrator
+from infalign.combined_calibration import CombinedCalibrator
+from infalign.data import Prompt, PromptSet
+from infalign.errors import InputError, StorageError
+from infalign.recipe import Recipe
+from infalign.rollouts.models import load_policy
+from infalign.rollouts.store import RolloutStore
+from infalign.run_folder import RECIPE
+from infalign.run_rewards import RunRewards
+from infalign.stages.planned import PlannedTransform
+from infalign.training.methods import baseline_reward, is_online
+from infalign.training.reward import TransformedReward
+
+
+class Run:
+    """One recipe in one run folder: what every stage reads.
+
+    Args:
+        recipe: The experiment.
+        out: The run folder.
+        say: Tells the user one plain line.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, say: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.say = say
+        self.rewards = RunRewards(recipe, testbed_model=str(out / "models" / "reward"))
+
+    @property
+    def reference(self) -> str:
+        """The reference policy: the recipe's, or the testbed's."""
+        return self.recipe.policy.model or str(self.out / "models" / "reference")
+
+    def calibrator(self) -> RewardCalibrator | CombinedCalibrator:
+        """The calibration on the training prompts."""
+        kind = CombinedCalibrator if self.rewards.combined else RewardCalibrator
+        return kind.load(self.out / "calibration" / "calibrator")
+
+    def transformed_reward(self, planned: PlannedTransform) -> TransformedReward:
+        """What online training with one transform or baseline maximises.
+
+        Raises:
+            InputError: If the baseline is a loss on stored rollouts.
+        """
+        source, calibrator, ids = self.rewards.source(), self.calibrator(), self.prompts("train").ids
+        if planned.baseline is None:
+            return TransformedReward(
+                source, calibrator, ids, planned.transform, planned.beta, procedure=self.recipe.target_procedure
+            )
+        if not is_online(planned.baseline):
+            raise InputError(f"{planned.name} is a loss on stored rollouts, not a reward", where="compare_with",
+                             mend="Choose a transform, or the baseline raw, standardised or log-sigmoid")  # fmt: skip
+        return baseline_reward(
+            planned.baseline, source, calibrator, ids, planned.beta, procedure=self.recipe.target_procedure
+        )
+
+    def policy_folder(self, name: str) -> Path:
+        """Where an aligned model is."""
+        return self.out / "policies" / name / "model"
+
+    def planned(self) -> list[PlannedTransform]:
+        """The transforms and baselines to align with; known once the plan is made."""
+        plan = self.read_json("plan.json")
+        return [PlannedTransform.from_dict(entry) for entry in (*plan["transforms"], *plan.get("baselines", ()))]
+
+    def prompts(self, side: str) -> PromptSet:
+        """The prompts of one side: `train` or `evaluation`."""
+        lines = (self.out / "prompts" / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+
+    def store(self, folder: str) -> RolloutStore:
+        """A rollout store of this run."""
+        return RolloutStore.open(self.out / "rollouts" / folder)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of this run."""
+        return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+    def pair(self, model: str) -> tuple[Any, Any, Any]:
+        """A policy, the reference, and the tokenizer of both."""
+        policy, tokenizer = self.load(model)
+        return policy, self.load(self.reference)[0], tokenizer
+
+    def load(self, model: str) -> Any:
+        """A model of this run and its tokenizer."""
+        policy = self.recipe.policy
+        return load_policy(model, trust_remote_code=policy.trust_remote_code, allow_pickle=policy.allow_pickle)
+
+
+def open_run(run_folder: str | Path) -> Run:
+    """A calibrated run, to read from.
+
+    Raises:
+        StorageError: If the folder does not hold one.
+    """
+    folder = Path(run_folder)
+    if not (folder / "run.json").exists():
+        raise StorageError(
+            "this is no run folder" if folder.is_dir() else "there is no such folder",
+            where=str(folder),
+            mend="Give the folder that `infalign run` wrote, runs/NAME by default",
+        )
+    missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
+    if missing:
+        raise StorageError(
+            f"this folder holds no calibrated run (there is no {missing[0]})",
+            where=str(folder),
+            mend="Do `infalign calibrate` with its recipe first; what is done already is kept",
+        )
+    try:
+        recipe = Recipe.model_validate(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise StorageError(
+            f"the run's recipe cannot be read ({error})",
+            where=str(folder / RECIPE),
+            mend="Do `infalign calibrate` with its recipe again; what is done already is kept",
+        ) from error
+    return Run(recipe, folder, say=lambda text: None)

@@ -1,0 +1,87 @@
+"""Align the reference with one transform or baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from infalign import processes
+from infalign.data import Prompt
+from infalign.rollouts.fill import compute_logprobs
+from infalign.rollouts.progress import Progress
+from infalign.run_rewards import scored_by_all
+from infalign.stages.card import write_card
+from infalign.stages.planned import PlannedTransform
+from infalign.stages.run import Run
+from infalign.training.fresh import FreshRollouts
+from infalign.training.losses import OfflineLoss
+from infalign.training.methods import baseline_loss, solver_loss
+from infalign.training.offline import OfflineResult, align_offline
+from infalign.training.online import AlignmentResult, align
+from infalign.training.pool import RolloutPool, stored_rollouts
+
+
+def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> None:
+    """Align the reference with one transform, by the recipe's solver, or with one baseline."""
+    recipe, prompts, training = run.recipe, run.prompts("train"), run.recipe.training
+    # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
+    kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
+    out = run.out / "policies" / planned.name
+    common: dict[str, Any] = {
+        "max_new_tokens": recipe.rollouts.max_new_tokens,
+        "kl_budget": recipe.kl_budget,
+        "kl_prompts": prompts[:kept],
+        "seed": recipe.seed,
+        "trust_remote_code": recipe.policy.trust_remote_code,
+        "allow_pickle": recipe.policy.allow_pickle,
+        "progress": progress,
+    }
+    if planned.trains_online(training.solver):
+        reward = run.transformed_reward(planned)
+        result: AlignmentResult | OfflineResult = align(
+            run.reference, out, prompts[kept:], reward, **common, **training.online
+        )
+    else:
+        mixed = planned.baseline is None and training.solver == "mixed"
+        result = align_offline(
+            run.reference,
+            out,
+            _stored_rollouts(run, prompts[kept:], progress),
+            _loss(run, planned),
+            rollouts_per_step=training.prompts_per_step * training.num_generations,
+            trainer=training.offline,
+            fresh=_fresh_rollouts(run, planned) if mixed else None,
+            **common,
+            **training.model_dump(include={"steps", "learning_rate", "lora", "save_steps", "keep_checkpoints"}),
+        )
+    if processes.is_main():
+        if result.landing is not None:
+            run.say(f"  {result.landing}")
+        write_card(run, planned, None)
+
+
+def _loss(run: Run, planned: PlannedTransform) -> OfflineLoss:
+    if planned.baseline is not None:
+        return baseline_loss(planned.baseline, planned.beta)
+    return solver_loss(run.recipe.training.solver, planned.transform, planned.beta)
+
+
+def _fresh_rollouts(run: Run, planned: PlannedTransform) -> FreshRollouts:
+    training = run.recipe.training
+    return FreshRollouts(
+        run.transformed_reward(planned),
+        every=training.refresh_every,
+        num_prompts=training.prompts_per_step,
+        num_samples=training.num_generations,
+    )
+
+
+def _stored_rollouts(run: Run, prompts: Sequence[Prompt], progress: Progress) -> RolloutPool:
+    """The reference rollouts of these prompts; what a server did not give is computed first."""
+    store, everyone, num_ref = run.store("reference"), run.prompts("train"), run.recipe.rollouts.num_ref
+    if processes.is_main() and store.table(["logprob"])["logprob"].null_count:
+        model, tokenizer = run.load(run.reference)
+        compute_logprobs(store, model, tokenizer, everyone, progress=progress)
+    processes.wait_for_all()
+    scored_PK = scored_by_all(run.rewards.read_PKM(store, everyone.ids, num_ref))
+    return stored_rollouts(store, prompts, run.calibrator(), everyone.ids, scored_PK=scored_PK)
