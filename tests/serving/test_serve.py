@@ -143,12 +143,23 @@ def test_calibrated_rewards_for_the_prompts_of_a_run(run_folder, importable):
         ({"logprobs": True}, "logprobs: the log-probabilities of a chosen candidate are not those of the answer"),
         ({"tools": [{"type": "function"}]}, "tools: tools are not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format: only plain text is supported"),
-        ({"top_k": 5}, "top_k: Extra inputs are not permitted"),
-        ({"temperature": "1"}, "temperature: Input should be a valid number"),
-        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-        ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be 'system', 'developer'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "Input should be 'text'"),
+        ({"top_k": 5}, "top_k: this field is not known; leave it out"),
+        ({"temperature": "1"}, "temperature: this must be a number"),
+        ({"max_tokens": 0}, "max_tokens: this must be at least 1"),
+        ({"messages": []}, "messages: there must be at least 1 entry"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: this must be 'system', 'developer'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content.0.type: this must be 'text'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: this must be text or a list"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: this field is required"),
+        ({"messages": "Say 2"}, "messages: this must be a list"),
+        ({"messages": ["Say 2"]}, "messages.0: this must be an object"),
+        ({"model": None}, "model: this must be text"),
+        ({"temperature": 3}, "temperature: this must be at most 2"),
+        ({"top_p": 0}, "top_p: this must be more than 0"),
+        ({"max_tokens": 20.5}, "max_tokens: this must be a whole number"),
+        ({"max_tokens": 1 << 40}, "max_tokens: this must be at most 2,147,483,648"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls: this must be true or false"),
+        ({"metadata": []}, "metadata: this must be an object"),
         ({"messages": [{"role": "user", "content": "  "}]}, "the prompt is empty"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "leave"),
@@ -162,6 +173,7 @@ def test_bad_requests_say_what_is_wrong(served, fields, message):
     status, _, answer = ask(served, **fields)
     assert status == 400
     assert message in answer["error"]["message"]
+    assert "nput should" not in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
 
 
@@ -171,6 +183,8 @@ def test_other_names_paths_and_bodies(served):
     assert "there is 'policy'" in answer["error"]["message"]
     for body in (b"", b"{", b"[" * 10_000, b"\xff\xfe", b'"text"', b"null", b'{"model": NaN}'):
         assert served.post("/v1/chat/completions", body)[0] == 400
+    for body in (b"", b'"text"', b"null", b"[]"):
+        assert served.post("/v1/chat/completions", body)[2]["error"]["message"] == "the request must be a JSON object"
     assert served.get("/v1/nothing")[0] == 404
     assert served.get("/v1/completions")[0] == 405
     status, _, answer = served.post("/v1/chat/completions", b" " * ((4 << 20) + 1))

@@ -14,6 +14,7 @@ from infalign.serving.openrlhf import PromptTexts
 from infalign.serving.protocol import ErrorAnswer
 from infalign.serving.web import FastAPI, Request, make_app, while_connected
 from infalign.trainer_reward import TrainerReward
+from infalign.wording import counted
 
 MAX_BODY = 64 << 20
 MAX_RESPONSES = 4096
@@ -39,7 +40,8 @@ class RewardRequest(BaseModel):
     @model_validator(mode="after")
     def _of_one_length(self) -> RewardRequest:
         if len(self.query) != len(self.prompts):
-            raise ValueError(f"there are {len(self.query)} queries and {len(self.prompts)} prompts")
+            queries = counted(len(self.query), "query", "queries")
+            raise ValueError(f"the request has {queries} and {counted(len(self.prompts), 'prompt')}; give one for each")
         return self
 
 

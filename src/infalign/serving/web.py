@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.rollouts.http import EndpointError, RequestRefusedError
 from infalign.serving.batcher import BusyError, LateError, StoppingError
+from infalign.serving.explain import explain
+from infalign.wording import visible
 
 try:
     import uvicorn
@@ -58,7 +60,7 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def _wrong_request(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
-        return error_response(400, _explain(error), kind="invalid_request_error")
+        return error_response(400, explain(error.errors()), kind="invalid_request_error")
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -89,7 +91,7 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
         message = error.what if error.mend is None else f"{error.what}. {error.mend}"
         if isinstance(error, InputError | RequestRefusedError):
             return error_response(400, message, kind="invalid_request_error")
-        log.error("%s", error)
+        log.error("%s", visible(str(error)))  # a server behind this one may have put anything into it
         if isinstance(error, EndpointError):
             text = f"the upstream server does not answer: {error.what}"
             return error_response(503, text, kind="upstream_error", retry_after=5)
@@ -259,17 +261,3 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
         await super().shutdown(sockets)
-
-
-def _explain(error: RequestValidationError) -> str:
-    """The thing wrong with a request that says most, in words."""
-    # Where several kinds of value may stand, each kind complains: the one that was meant is the one that got furthest.
-    worst = max(error.errors(), key=lambda one: (one["type"] not in ("string_type", "list_type"), len(one["loc"])))
-    if worst["type"] == "json_invalid":
-        return f"the request is not valid JSON ({worst.get('ctx', {}).get('error', worst['msg'])})"
-    named = [str(part) for part in worst["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
-    where = ".".join(part for part in named if part != "str")
-    text = str(worst["msg"]).removeprefix("Value error, ")
-    if worst["type"] == "string_unicode":
-        text = "the text holds half of a surrogate pair"
-    return f"{where}: {text}" if where else text
