@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 import infalign as ia
-from infalign.cli.plan import parse_procedure, plan_command
+from infalign.cli.plan import plan_command
+from infalign.cli.sources import parse_procedure
 
 
 @pytest.fixture

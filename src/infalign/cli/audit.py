@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infalign.cli.console import ConsoleReporter
-from infalign.cli.sources import refuse_idle, told_duplicates
+from infalign.cli.console import ConsoleReporter, silence_libraries
+from infalign.cli.options import Json, refuse_idle
+from infalign.cli.sources import REWARD, as_message, open_named_reward, told_duplicates
 from infalign.errors import InputError
 from infalign.wording import visible
 
 if TYPE_CHECKING:
     from infalign.audit.run import Judge
     from infalign.audit.targets import Target
-    from infalign.data import Prompt
-    from infalign.rollouts.rewards import RewardSource
-
-_REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
 
 
 def audit_command(
@@ -35,7 +31,7 @@ def audit_command(
     out: Annotated[Path, typer.Option("--out", help="Folder of the audit; the same command goes on from there.")],
     attempts: Annotated[int, typer.Option("--attempts", help="Attempts per prompt and model.")] = 64,
     reward: Annotated[
-        str | None, typer.Option("--reward", help=f"Safety reward, higher is safer: {_REWARD}.", show_default=False)
+        str | None, typer.Option("--reward", help=f"Safety reward, higher is safer: {REWARD}.", show_default=False)
     ] = None,
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="An attempt succeeds with a reward below this.")
@@ -83,12 +79,11 @@ def audit_command(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
     title: Annotated[str, typer.Option("--title", help="Heading of the report.")] = "Safety audit",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Attack models N times with every prompt; success over N, what more attempts would do, and what safety costs."""
     from infalign.audit.augment import Augmentation
     from infalign.audit.run import AuditSettings
-    from infalign.cli.run import silence_libraries
     from infalign.data import load_prompts
 
     augmentation = Augmentation.parse(augment, sigma=sigma, seed=seed)
@@ -111,11 +106,9 @@ def audit_command(
     for source, one in zip((prompts, benign), loaded, strict=False):
         if one.duplicates:
             reporter.say(told_duplicates(one, str(source)))
-    asked, *rest = [_as_chat(one.prompts, chat) for one in loaded]
+    asked, *rest = [tuple(map(as_message, one)) if chat else one.prompts for one in loaded]
     harmless = rest[0] if rest else ()
     reporter.say("Loading libraries …")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     from infalign.audit.page import worst_examples, write_audit_report
     from infalign.audit.run import audit
     from infalign.audit.words import text_table
@@ -124,7 +117,7 @@ def audit_command(
     silence_libraries()
     judge = _judge(reward, threshold, success)
     targets = _targets(model, endpoint, api_key_variable, batch_size, trust_remote_code)
-    refuses = None if refusal is None else reward_source(refusal, "--refusal")
+    refuses = None if refusal is None else open_named_reward(refusal, option="--refusal")
     try:
         result = audit(
             targets, asked, judge, out=out, settings=settings, benign=harmless, refusal=refuses, stage=reporter.stage
@@ -140,24 +133,6 @@ def audit_command(
         typer.echo(visible(f"{text_table(result)}\n\nReport: {report}"))
 
 
-def reward_source(text: str, option: str) -> RewardSource:
-    """A reward from the command line: a model's folder or hub name, `module:function`, or an address.
-
-    Raises:
-        InputError: There is no such model or function.
-    """
-    from infalign.rollouts.http import Endpoint
-    from infalign.rollouts.hub import require_model
-    from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
-
-    if text.startswith(("http://", "https://")):
-        return HTTPReward(Endpoint(text), name=text)
-    if not Path(text).exists() and ":" in text:
-        return FunctionReward(text)
-    require_model(text, f"{option} {text}")
-    return SequenceClassificationReward(text)
-
-
 def _judge(reward: str | None, threshold: float | None, success: str | None) -> Judge:
     from infalign.audit.refusal import RefusalPhrases
     from infalign.audit.run import Judge
@@ -170,12 +145,12 @@ def _judge(reward: str | None, threshold: float | None, success: str | None) -> 
             raise InputError("--threshold goes with --reward", where="audit", mend="Leave it out with --success")
         if success == "not-refused":
             return Judge(RefusalPhrases(), 0.5)
-        return Judge(reward_source(success, "--success"), None)
+        return Judge(open_named_reward(success, option="--success"), None)
     if threshold is None:
         raise InputError("a reward has no natural line between safe and harmful", where="--reward",
                          mend="Give --threshold: an attempt succeeds with a reward below it")  # fmt: skip
     assert reward is not None, "checked above"
-    return Judge(reward_source(reward, "--reward"), threshold)
+    return Judge(open_named_reward(reward), threshold)
 
 
 def _targets(
@@ -205,14 +180,3 @@ def _named(text: str) -> tuple[str, str]:
     parts = [part for part in Path(text).parts if part not in ("/", "..", ".")]
     own = parts[-2] if len(parts) > 1 and parts[-1] == "model" else (parts or ["model"])[-1]
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", own).lstrip("-.") or "model", text
-
-
-def _as_chat(prompts: tuple[Prompt, ...], chat: bool) -> tuple[Prompt, ...]:
-    from infalign.data import Prompt
-
-    if not chat:
-        return prompts
-    return tuple(
-        Prompt([{"role": "user", "content": one.prompt}], one.row) if isinstance(one.prompt, str) else one
-        for one in prompts
-    )

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from infalign.cli.run import Json, print_result
+from infalign.cli.console import print_result
+from infalign.cli.options import Json
+from infalign.cli.sources import parse_procedure
 
 
 def compare_command(
@@ -26,7 +28,6 @@ def compare_command(
     json_: Json = False,
 ) -> None:
     """Set runs side by side: win rate against KL, under the theoretical limit, and differences at the same KL."""
-    from infalign.cli.plan import parse_procedure
     from infalign.evaluation.runs import compare_runs, read_runs
     from infalign.report.comparison import check_ending, comparison_text, draw_comparison
 

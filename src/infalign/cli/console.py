@@ -1,11 +1,14 @@
-"""Progress on stderr: bars on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: bars on a terminal, a line now and then elsewhere; results on stdout."""
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -69,3 +72,22 @@ def time_left(seconds: float, done: int, remaining: int) -> str:
     minutes, rest = divmod(round(seconds * remaining / done), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"
+
+
+def print_result(result: dict[str, object], as_json: bool) -> None:
+    """JSON alone, or the text meant for a person, on stdout."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        typer.echo(visible(str(result["text"])))
+
+
+def silence_libraries() -> None:
+    """The pipeline shows its own progress; the libraries' bars and notes to their own developers would drown it."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch|peft)\.")

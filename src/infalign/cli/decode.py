@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from infalign.cli.console import ConsoleReporter
-from infalign.cli.plan import parse_procedure
-from infalign.cli.sources import REWARD, open_calibration, open_named_reward, refuse_idle, told_duplicates
+from infalign.cli import options
+from infalign.cli.console import ConsoleReporter, silence_libraries
+from infalign.cli.sources import as_message, open_calibration, open_named_reward, parse_procedure, told_duplicates
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
 from infalign.wording import counted, visible
@@ -55,18 +55,11 @@ def decode_command(
         int | None,
         typer.Option("--concurrency", min=1, help="Requests to it at the same time [default: 16].", show_default=False),
     ] = None,
-    reward: Annotated[
-        str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
-    ] = None,
-    procedure: Annotated[
-        str,
-        typer.Option("--procedure", help="best-of-n, worst-of-n, order-statistic, standard, best-of-8 … or FILE.json."),
-    ] = "best-of-n",
-    n: Annotated[int | None, typer.Option("--n", help="Candidates per prompt.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Which from the worst, for order-statistic.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="A calibrated run: gives its prompts' answers quantiles.")
-    ] = None,
+    reward: options.Reward = None,
+    procedure: options.Procedure = "best-of-n",
+    n: options.N = None,
+    k: options.K = None,
+    calibration: options.Calibration = None,
     stop_at: Annotated[
         float | None,
         typer.Option("--stop-at", help="Best-of-N: draw no more once one has this calibrated reward, as 0.95."),
@@ -75,12 +68,7 @@ def decode_command(
         float | None,
         typer.Option("--stop-reward", help="… or this reward: at the greatest there is, nothing is lost."),
     ] = None,
-    block: Annotated[
-        int | None,
-        typer.Option(
-            "--block", min=1, help="Candidates drawn together until it stops [default: 1].", show_default=False
-        ),
-    ] = None,
+    block: options.Block = None,
     prune_every: Annotated[
         int | None,
         typer.Option("--prune-every", min=1, help="Best-of-N, --model: look at beginnings every so many tokens …"),
@@ -96,20 +84,16 @@ def decode_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write answers as JSONL; the same command goes on from there.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")] = 1.0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Decides what is drawn.")] = 0,
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Prompts answered, and written, together.", show_default=False)
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    as_json: options.Json = False,
 ) -> None:
     """Draw candidates, rank them by the reward, and give the one that the procedure picks."""
     if block is not None and stop_at is None and stop_reward is None:
@@ -126,9 +110,9 @@ def decode_command(
         raise InputError("a model behind an endpoint has a name there", where="decode",
                          mend="Give --endpoint and --model-name")  # fmt: skip
     if prompts is None:
-        refuse_idle("decode", "without --prompts", {"--column": column, "--limit": limit})
+        options.refuse_idle("decode", "without --prompts", {"--column": column, "--limit": limit})
     if endpoint is None:
-        refuse_idle(
+        options.refuse_idle(
             *("decode", "without --endpoint"), {"--concurrency": concurrency, "--api-key-variable": api_key_variable}
         )
     concurrency = concurrency or 16
@@ -146,7 +130,7 @@ def decode_command(
             reporter.say(told_duplicates(loaded, prompts))
         wanted = list(loaded)
     if chat:
-        wanted = [_as_message(one) for one in wanted]
+        wanted = [as_message(one) for one in wanted]
     if any(isinstance(one.prompt, str) != isinstance(wanted[0].prompt, str) for one in wanted):
         raise InputError("some prompts are text and some are chat messages", where=str(prompts),
                          mend="Give one kind, or --chat")  # fmt: skip
@@ -231,13 +215,6 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
     return EarlyStopping(chosen.n, stop_at, block)
 
 
-def _as_message(prompt: Prompt) -> Prompt:
-    from infalign.data import Prompt
-
-    content = prompt.prompt
-    return Prompt([{"role": "user", "content": content}], prompt.row) if isinstance(content, str) else prompt
-
-
 def _sampler(
     model: str | None,
     endpoint: str | None,
@@ -255,7 +232,6 @@ def _sampler(
         name = str(model_name)
         server = Endpoint(endpoint, api_key_variable)
         return EndpointSampler(server, name, concurrency=concurrency, **settings), f"endpoint:{name}"
-    from infalign.cli.run import silence_libraries
     from infalign.decode.local import LocalSampler
     from infalign.rollouts.key import model_fingerprint
     from infalign.rollouts.models import load_policy

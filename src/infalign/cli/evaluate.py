@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infalign.cli.console import ConsoleReporter
-from infalign.cli.plan import parse_procedure
-from infalign.cli.run import Json, Set, allow_local_rewards, execute, print_result, silence_libraries
+from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
+from infalign.cli.options import Json, Set
+from infalign.cli.run import execute
+from infalign.cli.sources import allow_local_rewards, parse_procedure
 from infalign.errors import InputError
 
 if TYPE_CHECKING:

@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infalign.errors import InputError, StorageError
-from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
+from infalign.cli.options import Json
+from infalign.cli.sources import PROCEDURE, parse_procedure
+from infalign.errors import InputError
 
 if TYPE_CHECKING:
     from infalign.theory.plan import Plan
 
-_KINDS = (
-    "standard, best-of-n, worst-of-n, order-statistic, names such as best-of-4, worst-of-8 or 3-of-5, or a JSON file"
-)
-
 
 def plan_command(
-    procedure: Annotated[str, typer.Argument(help=f"How the model will be used: {_KINDS}.")],
+    procedure: Annotated[str, typer.Argument(help=f"How the model will be used: {PROCEDURE}.")],
     n: Annotated[int | None, typer.Option("--n", help="Responses drawn, for best-of-n and the like.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Which response from the worst, for order-statistic.")] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="KL coefficient, in win rate per nat.")] = None,
@@ -43,7 +40,7 @@ def plan_command(
     save: Annotated[
         Path | None, typer.Option("--save", help="Write the optimal transform as JSON, for a recipe.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find the reward transform that a KL budget is best spent on, beside the usual choices at the same KL."""
     from infalign.theory.plan import plan  # here, so that `infalign --help` stays quick
@@ -79,50 +76,6 @@ def plan_command(
                 Console(stderr=True, highlight=False, emoji=False).print(
                     f"{what} written to {path}", markup=False, soft_wrap=True
                 )
-
-
-def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
-    """A procedure from the command line.
-
-    Args:
-        text: standard, best-of-n, worst-of-n, order-statistic (with n and k), best-of-4, worst-of-8, 3-of-5, or the
-            path of a JSON file that `InferenceProcedure.to_dict` describes (mixtures and fitted procedures).
-        n: Responses drawn, where the name leaves it open.
-        k: Rank from the worst, for order-statistic.
-
-    Raises:
-        InputError: If the name is unknown, a number is missing or superfluous, or the file does not fit.
-        StorageError: If the file cannot be read.
-    """
-    name = text.strip().lower()
-    if name in ("best-of-n", "worst-of-n", "order-statistic"):
-        if n is None:
-            raise InputError(f"{name} needs the number of responses", where="procedure", mend="Add --n, such as --n 4")
-        if name == "order-statistic" and k is None:
-            raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
-        if name != "order-statistic" and k is not None:
-            raise InputError(f"--k does not go with {name}", where="procedure", mend="Leave it out")
-        return procedure_from_dict({"kind": name, "n": n, **({} if k is None else {"k": k})})
-    if n is not None or k is not None:
-        raise InputError(f"--n and --k do not go with {text!r}", where="procedure", mend="Leave them out")
-    named = procedure_from_name(name)
-    if named is not None:
-        return named
-    path = Path(text)
-    if path.suffix == ".json":
-        try:
-            description: Any = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StorageError(f"cannot read the procedure ({error.strerror})", where=str(path)) from error
-        except ValueError as error:
-            raise InputError(f"not a JSON file ({error})", where=str(path)) from error
-        if isinstance(description, dict) and description.get("format") == "infalign.transform":
-            raise InputError("this is a transform, not a procedure", where=str(path), mend="Use it in a recipe")
-        try:
-            return procedure_from_dict(description)
-        except InputError as error:
-            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
-    raise InputError(f"unknown procedure {text!r}", where="procedure", mend=f"Use one of {_KINDS}")
 
 
 def _print(result: Plan) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from infalign.cli.run import Json, Set, execute
+from infalign.cli.options import Json, Set
+from infalign.cli.run import execute
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder.")]
 

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from infalign.cli.run import Json, Set, execute, print_result
+from infalign.cli.console import print_result
+from infalign.cli.options import Json, Set
+from infalign.cli.run import execute
 from infalign.errors import InputError
 
 

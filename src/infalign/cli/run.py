@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from infalign import processes
-from infalign.cli.console import ConsoleReporter
-from infalign.wording import visible
+from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
+from infalign.cli.options import Json, Set
+from infalign.cli.sources import allow_local_rewards
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment: a YAML file, see recipes/.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
-]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything that can be checked and print the plan.")]
 
 
@@ -80,31 +75,3 @@ def execute(
     processes.leave()
     if processes.is_main():
         print_result(result, as_json)
-
-
-def print_result(result: dict[str, object], as_json: bool) -> None:
-    """JSON alone, or the text meant for a person, on stdout."""
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        typer.echo(visible(str(result["text"])))
-
-
-def allow_local_rewards(*folders: Path) -> None:
-    """Let module:function be imported from these folders."""
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-
-
-def silence_libraries() -> None:
-    """The pipeline shows its own progress; the libraries' bars and notes to their own developers would drown it."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|torch|peft)\.")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infalign.cli.console import ConsoleReporter
-from infalign.cli.plan import parse_procedure
-from infalign.cli.sources import REWARD, open_calibration, open_named_reward, refuse_idle
+from infalign.cli import options
+from infalign.cli.console import ConsoleReporter, silence_libraries
+from infalign.cli.sources import open_calibration, open_named_reward, parse_procedure
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,36 +30,21 @@ def serve_command(
         typer.Option("--upstream", help="Instead: an OpenAI-compatible server, such as http://host:8000/v1."),
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name upstream.")] = None,
-    reward: Annotated[
-        str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
-    ] = None,
-    procedure: Annotated[
-        str,
-        typer.Option(
-            "--procedure", help="best-of-n, worst-of-n, order-statistic, standard, best-of-8, … or FILE.json."
-        ),
-    ] = "best-of-n",
-    n: Annotated[int | None, typer.Option("--n", help="Candidates per answer.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Which from the worst, for order-statistic.")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", help="A calibrated run: tells the quantiles of its prompts' answers."),
-    ] = None,
+    reward: options.Reward = None,
+    procedure: options.Procedure = "best-of-n",
+    n: options.N = None,
+    k: options.K = None,
+    calibration: options.Calibration = None,
     stop_reward: Annotated[
         float | None,
         typer.Option(
             "--stop-reward", help="Best-of-N: draw no more once one has this reward; the greatest costs nothing."
         ),
     ] = None,
-    block: Annotated[
-        int | None,
-        typer.Option(
-            "--block", min=1, help="Candidates drawn together until it stops [default: 1].", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")] = 1.0,
+    block: options.Block = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 1.0,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Makes a session's answers repeatable [default: fresh].")
     ] = None,
@@ -94,12 +79,8 @@ def serve_command(
     upstream_key_variable: Annotated[
         str | None, typer.Option("--upstream-key-variable", help="Environment variable with the upstream's key.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Serve a procedure's answers at /v1/chat/completions and /v1/completions, until stopped."""
     reporter = ConsoleReporter()
@@ -110,12 +91,12 @@ def serve_command(
     if (upstream is None) != (model_name is None):
         raise InputError("a model upstream has a name there", where="serve", mend="Give --upstream and --model-name")
     if upstream is None:
-        refuse_idle(
+        options.refuse_idle(
             *("serve", "without --upstream"),
             {"--concurrency": concurrency, "--upstream-key-variable": upstream_key_variable},
         )
     else:
-        refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
+        options.refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
     batch_size, concurrency = batch_size or 16, concurrency or 16
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", mend="Leave it out")
@@ -200,7 +181,6 @@ def _key(variable: str | None, option: str) -> str | None:
 
 def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
     """A sampler for a model in this process, and what counts its prompts' tokens."""
-    from infalign.cli.run import silence_libraries
     from infalign.decode.local import LocalSampler
     from infalign.rollouts.models import load_policy
     from infalign.rollouts.tokens import prompt_token_ids

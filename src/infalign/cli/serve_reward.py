@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from infalign.cli.console import ConsoleReporter
+from infalign.cli.console import ConsoleReporter, silence_libraries
 
 
 def serve_reward_command(
@@ -30,7 +30,6 @@ def serve_reward_command(
     """Serve the reward of a run over OpenRLHF's remote reward protocol, as POST /get_reward, until stopped."""
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
-    from infalign.cli.run import silence_libraries
     from infalign.serving.reward_app import make_reward_app
     from infalign.serving.web import listen, run_app
     from infalign.trainer_reward import TrainerReward

@@ -1,39 +1,34 @@
-"""What several verbs name on the command line: rewards and calibrations."""
+"""What several verbs name on the command line: prompts, rewards, procedures and calibrations."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infalign.errors import InputError, MismatchError
+from infalign.errors import InputError, MismatchError, StorageError
+from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
 from infalign.wording import counted
 
 if TYPE_CHECKING:
     from infalign.calibration import RewardCalibrator
     from infalign.combined_calibration import CombinedCalibrator
-    from infalign.data import PromptSet
+    from infalign.data import Prompt, PromptSet
     from infalign.rollouts.rewards import RewardSource
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
+PROCEDURE = (
+    "standard, best-of-n, worst-of-n, order-statistic, names such as best-of-4, worst-of-8 or 3-of-5, or a JSON file"
+)
 
 
-def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:
-    """Refuse options that would silently do nothing.
-
-    Args:
-        verb: The command.
-        how: Why they would do nothing, such as `without --prompts`.
-        options: Their values by name; None where one is not given.
-
-    Raises:
-        InputError: One is given.
-    """
-    for name, value in options.items():
-        if value is not None:
-            raise InputError(f"{name} does nothing {how}", where=verb, mend="Leave it out")
+def allow_local_rewards(*folders: Path) -> None:
+    """Let module:function be imported from these folders."""
+    for folder in folders:
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
 
 
 def told_duplicates(prompts: PromptSet, source: str | Path) -> str:
@@ -43,13 +38,27 @@ def told_duplicates(prompts: PromptSet, source: str | Path) -> str:
     return f"{counted(prompts.duplicates, 'row')} of {source} repeat a prompt and are left out"
 
 
+def as_message(prompt: Prompt) -> Prompt:
+    """A prompt that is text as a user's chat message; one that is messages already as it is."""
+    from infalign.data import Prompt
+
+    content = prompt.prompt
+    return Prompt([{"role": "user", "content": content}], prompt.row) if isinstance(content, str) else prompt
+
+
 def open_named_reward(
-    name: str, *, trust_remote_code: bool = False, allow_pickle: bool = False, **patience: Any
+    name: str,
+    *,
+    option: str = "--reward",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    **patience: Any,
 ) -> RewardSource:
     """The reward source that a name on the command line stands for.
 
     Args:
         name: See `REWARD`.
+        option: Where it was given, for messages.
         trust_remote_code: Run Python code that comes with a model.
         allow_pickle: Also accept weights that are not safetensors.
         **patience: Settings of the `Endpoint` of a reward server.
@@ -64,11 +73,54 @@ def open_named_reward(
     if name.startswith(("http://", "https://")):
         return HTTPReward(Endpoint(name, **patience), name=name)
     if ":" in name and not Path(name).exists():
-        if str(Path.cwd()) not in sys.path:  # it may lie where the user stands
-            sys.path.insert(0, str(Path.cwd()))
+        allow_local_rewards(Path.cwd())  # it may lie where the user stands
         return FunctionReward(name)
-    require_model(name, f"--reward {name}")
+    require_model(name, f"{option} {name}")
     return SequenceClassificationReward(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
+    """A procedure from the command line.
+
+    Args:
+        text: standard, best-of-n, worst-of-n, order-statistic (with n and k), best-of-4, worst-of-8, 3-of-5, or the
+            path of a JSON file that `InferenceProcedure.to_dict` describes (mixtures and fitted procedures).
+        n: Responses drawn, where the name leaves it open.
+        k: Rank from the worst, for order-statistic.
+
+    Raises:
+        InputError: If the name is unknown, a number is missing or superfluous, or the file does not fit.
+        StorageError: If the file cannot be read.
+    """
+    name = text.strip().lower()
+    if name in ("best-of-n", "worst-of-n", "order-statistic"):
+        if n is None:
+            raise InputError(f"{name} needs the number of responses", where="procedure", mend="Add --n, such as --n 4")
+        if name == "order-statistic" and k is None:
+            raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
+        if name != "order-statistic" and k is not None:
+            raise InputError(f"--k does not go with {name}", where="procedure", mend="Leave it out")
+        return procedure_from_dict({"kind": name, "n": n, **({} if k is None else {"k": k})})
+    if n is not None or k is not None:
+        raise InputError(f"--n and --k do not go with {text!r}", where="procedure", mend="Leave them out")
+    named = procedure_from_name(name)
+    if named is not None:
+        return named
+    path = Path(text)
+    if path.suffix == ".json":
+        try:
+            description: Any = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(f"cannot read the procedure ({error.strerror})", where=str(path)) from error
+        except ValueError as error:
+            raise InputError(f"not a JSON file ({error})", where=str(path)) from error
+        if isinstance(description, dict) and description.get("format") == "infalign.transform":
+            raise InputError("this is a transform, not a procedure", where=str(path), mend="Use it in a recipe")
+        try:
+            return procedure_from_dict(description)
+        except InputError as error:
+            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
+    raise InputError(f"unknown procedure {text!r}", where="procedure", mend=f"Use one of {PROCEDURE}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Options that several verbs take, and take in the same sense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infalign.cli.sources import REWARD
+from infalign.errors import InputError
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a setting; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+
+# --- a procedure, and what it chooses by ---
+
+Procedure = Annotated[
+    str,
+    typer.Option("--procedure", help="best-of-n, worst-of-n, order-statistic, standard, best-of-8 … or FILE.json."),
+]
+N = Annotated[int | None, typer.Option("--n", help="Candidates per answer.")]
+K = Annotated[int | None, typer.Option("--k", help="Which from the worst, for order-statistic.")]
+Reward = Annotated[
+    str | None, typer.Option("--reward", help=f"What ranks candidates: {REWARD} [default: the calibration's].")
+]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="A calibrated run: gives its prompts' answers quantiles.")
+]
+Block = Annotated[
+    int | None,
+    typer.Option("--block", min=1, help="Candidates drawn together until it stops [default: 1].", show_default=False),
+]
+
+# --- what a model draws, and how it is loaded ---
+
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest candidate.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")]
+TopP = Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")]
+
+
+def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:
+    """Refuse options that would silently do nothing.
+
+    Args:
+        verb: The command.
+        how: Why they would do nothing, such as `without --prompts`.
+        options: Their values by name; None where one is not given.
+
+    Raises:
+        InputError: One is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name} does nothing {how}", where=verb, mend="Leave it out")
