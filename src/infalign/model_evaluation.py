@@ -31,6 +31,7 @@ from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
 from infalign.run_folder import RECIPE, versions, write_json, write_text
+from infalign.wording import counted, distinct
 
 
 class Reporter(Protocol):
@@ -110,15 +111,27 @@ def evaluate_models(job: Job, reporter: Reporter) -> Evaluation:
         InputError: If a check fails; nothing was computed then.
         StorageError: If the folder cannot be written.
     """
-    warnings = check_job(job)
-    return _Evaluator(job, reporter).run(warnings)
+    return _Evaluator(job, reporter).run(check_job(job))
 
 
-def check_job(job: Job) -> list[str]:
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a job found.
+
+    Attributes:
+        warnings: What a reader must know before the numbers, in sentences.
+        held_out: Whether no prompt is known to have been trained on by a model.
+    """
+
+    warnings: list[str]
+    held_out: bool
+
+
+def check_job(job: Job) -> Checked:
     """Refuse what could only fail later, or would give numbers that mean something else than they seem.
 
     Returns:
-        What a reader must know before the numbers.
+        What they found.
 
     Raises:
         InputError: If there are too few samples for a procedure, labels repeat, a gold reward is the reward itself,
@@ -184,9 +197,10 @@ def _check_tokenizers(job: Job) -> None:
         )
 
 
-def _check_overlap(job: Job) -> list[str]:
+def _check_overlap(job: Job) -> Checked:
     """Prompts that a model has seen in training flatter it."""
     warnings: list[str] = []
+    held_out = True
     ids = job.prompts.ids
     unknown: list[str] = []
     runs: dict[Path, list[str]] = {}
@@ -200,8 +214,10 @@ def _check_overlap(job: Job) -> list[str]:
         seen = {prompt.id for prompt in read_prompts(run / "prompts" / "train.jsonl")}
         overlap = [prompt for prompt in job.prompts if prompt.id in seen]
         if overlap:
+            held_out = False
             who = ", ".join(labels)
-            told = f"{len(overlap)} of {len(ids)} prompts were calibrated or trained on by {who}"
+            were = "was" if len(overlap) == 1 else "were"
+            told = f"{len(overlap)} of {counted(len(ids), 'prompt')} {were} calibrated or trained on by {who}"
             if not job.allow_overlap:
                 raise InputError(
                     f"{told}, the first is {excerpt(overlap[0].prompt)}",
@@ -214,7 +230,7 @@ def _check_overlap(job: Job) -> list[str]:
             f"It is not known which prompts {', '.join(unknown)} was trained on; make sure that none of these is among "
             "them."
         )
-    return warnings
+    return Checked(warnings, held_out)
 
 
 class _Evaluator:
@@ -225,7 +241,7 @@ class _Evaluator:
         self.reporter = reporter
         self._used: set[Path] = set()
 
-    def run(self, warnings: list[str]) -> Evaluation:
+    def run(self, checked: Checked) -> Evaluation:
         """All of it."""
         job = self.job
         lines = [json.dumps({"id": p.id, "prompt": p.prompt, "row": p.row}, default=str) for p in job.prompts]
@@ -249,7 +265,8 @@ class _Evaluator:
             results=results,
             comparisons=[one.to_dict() for one in compare_pairs([(other, first) for other in others])],
             baseline=first.label if others else None,
-            warnings=warnings,
+            warnings=checked.warnings,
+            held_out=checked.held_out,
             settings=self._settings(),
             versions=versions(),
         )
@@ -316,7 +333,7 @@ class _Evaluator:
             return measure_store(
                 *(candidate.label, store, reference, kls_PG, job.prompts, job.procedures),
                 reward_key=job.reward.key,
-                reward=str(job.reward),
+                reward=_reward_name(job),
                 gold={name: source.key for name, source in job.gold.items()},
                 confidence=job.confidence,
                 series=candidate.series,
@@ -332,7 +349,7 @@ class _Evaluator:
         return {
             "models": {candidate.label: candidate.model for candidate in job.candidates},
             "reference": job.reference,
-            "reward": str(job.reward),
+            "reward": _reward_name(job),
             "gold": {name: str(source) for name, source in job.gold.items()},
             "prompts": len(job.prompts),
             "samples": job.num_samples,
@@ -340,6 +357,11 @@ class _Evaluator:
             "seed": job.seed,
             "confidence": job.confidence,
         }
+
+
+def _reward_name(job: Job) -> str:
+    """What to call the reward beside the gold ones, whose names are the user's own."""
+    return distinct([*job.gold, str(job.reward)])[-1]
 
 
 def recipe_of_run(run: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """`infalign evaluate`, `report` and `compare` on real (tiny) models, without a recipe."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -31,7 +32,9 @@ def job(tmp_path_factory):
     for seed, name in enumerate(("base", "tuned")):
         random_llama(folder / name, None, seed=seed)
     random_llama(folder / "words", 20)
-    write_prompts(folder / "prompts.jsonl", PROMPTS)
+    for name in ("first/judge", "second/judge"):
+        random_llama(folder / name, None, seed=len(name), reward_model=True)
+    write_prompts(folder / "prompts.jsonl", [*PROMPTS, PROMPTS[0]])
     (folder / "eval_rewards.py").write_text(REWARDS)
     sys.path.insert(0, str(folder))
     yield folder
@@ -82,6 +85,7 @@ def test_models_against_a_reference(run, job, evaluated):
     assert set(tuned["procedures"][0]["judged"]) == {"vowels"}
     assert tuned["over_n"]["best-of-n"]["n"] == list(range(1, 9))
     assert tuned["diagnostics"]["distinct"] is None or 0 < tuned["diagnostics"]["distinct"]["estimate"] <= 1
+    assert "1 row of prompts.jsonl repeats a prompt and is left out" in err
     assert any("It is not known which prompts" in warning for warning in content["warnings"])
     assert (evaluated / "report.html").read_text().count("It is not known which prompts") >= 1
     drawn = sorted((path, path.stat().st_mtime_ns) for path in evaluated.rglob("rollouts/*/rollouts/*.parquet"))
@@ -204,9 +208,26 @@ def test_prompts_that_a_model_was_trained_on_are_refused_or_marked(run, job):
     model = trained / "policies" / "ours" / "model"
     code, _, err = run("evaluate", "--model", model, *COMMON, "--out", job / "overlap")
     assert code == 2
-    assert "1 of 24 prompts were calibrated or trained on by ours" in " ".join(err.split())
+    assert "1 of 24 prompts was calibrated or trained on by ours" in " ".join(err.split())
     assert not (job / "overlap").exists()
     code, out, err = run("evaluate", "--model", model, *COMMON, "--out", job / "overlap", "--allow-overlap")
     assert code == 0, err
-    assert "Note: 1 of 24 prompts were calibrated or trained on by ours: the numbers flatter them." in out
-    assert "the numbers flatter them" in (job / "overlap" / "report.html").read_text()
+    assert "Note: 1 of 24 prompts was calibrated or trained on by ours: the numbers flatter them." in out
+    page = (job / "overlap" / "report.html").read_text()
+    assert "the numbers flatter them" in page
+    assert "24 prompts × 8 fresh rollouts per model" in out
+    assert "on 24 prompts." in page
+    assert "On 24 prompts we drew" in page
+    assert json.loads((job / "overlap" / "evaluation.json").read_text())["held_out"] is False
+
+
+def test_judges_go_by_the_names_of_their_folders(run, job):
+    arguments = ("--model", "tuned", *COMMON, "--reward", "first/judge", "--gold", "second/judge")
+    code, out, err = run("evaluate", *arguments, "--out", job / "both")
+    assert code == 0, err
+    assert "Judge: judge (2)." in out
+    assert "Judged by judge, which" in out
+    assert "sequence-classification@" not in out
+    text = re.sub(r"<script.*?</script>", "", (job / "both" / "report.html").read_text(), flags=re.DOTALL)
+    assert "judged by judge (2)" in text
+    assert "sequence-classification@" not in text

@@ -136,7 +136,7 @@ class TestMeasure:
         assert json.dumps(result.to_dict(), allow_nan=False)
 
     def test_foreign_json_is_refused(self):
-        with pytest.raises(InputError, match="not a stored evaluation"):
+        with pytest.raises(InputError, match="not stored by this version of infalign"):
             MethodResult.from_dict({"label": "a"})
 
     @pytest.mark.parametrize(

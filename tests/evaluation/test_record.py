@@ -20,7 +20,26 @@ def test_earlier_versions_are_refused(tmp_path, missing):
     content = evaluation(gaussian("a", 0.5)).to_dict()
     del content[missing]
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="Run the evaluation again"):
+    with pytest.raises(InputError, match=r"not written by this infalign .*with the same command") as told:
+        Evaluation.read(tmp_path)
+    assert f"'{missing}'" not in told.value.what
+
+
+def test_what_wrote_a_result_is_named_and_no_field_of_it(tmp_path):
+    content = evaluation(gaussian("a", 0.5), versions={"infalign": "0.0.1"}).to_dict()
+    del content["results"][0]["over_n"]
+    content["results"][0]["series_of_old"] = 1
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"were written by infalign 0\.0\.1; this is") as told:
+        Evaluation.read(tmp_path)
+    assert "over_n" not in str(told.value)
+    assert "series_of_old" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '{"results": [1], "versions": 2}', '{"results": null}'])
+def test_what_is_no_evaluation_is_refused(tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(InputError, match="not written by this infalign"):
         Evaluation.read(tmp_path)
 
 

@@ -121,6 +121,22 @@ def test_runs_that_mean_different_things_are_refused(two_runs, changes, message)
         compare_runs({"a": low, "b": dataclasses.replace(low, **changes)})
 
 
+def test_runs_for_different_procedures_are_refused_with_what_to_do(two_runs):
+    def only(run, label):
+        results = [dataclasses.replace(one, procedures=[one.of(label)]) for one in run.results]
+        return dataclasses.replace(run, results=results)
+
+    both, low = two_runs["high"], two_runs["low"]
+    wanted = r"b was not measured under Best-of-2, the one that the first run is for\. "
+    with pytest.raises(
+        InputError, match=wanted + r"To compare them, choose with --procedure .* \(Standard\), or evaluate it"
+    ):
+        compare_runs({"a": both, "b": only(low, "Standard")})
+    with pytest.raises(InputError, match=wanted + r"To compare them, evaluate it under .*infalign evaluate --run b"):
+        compare_runs({"a": only(both, "Best-of-2"), "b": only(low, "Standard")})
+    assert compare_runs({"a": both, "b": only(low, "Standard")}, procedure="Standard").matched
+
+
 def test_other_prompts_are_refused_and_counted(two_runs):
     low = two_runs["low"]
     ids = [f"p{i}" for i in range(1, NUM_PROMPTS + 1)]
@@ -132,7 +148,7 @@ def test_other_prompts_are_refused_and_counted(two_runs):
 def test_what_is_not_there_is_named(two_runs, tmp_path):
     with pytest.raises(InputError, match=r"no method is called 'best'.*optimal, identity"):
         compare_runs(two_runs, baseline="best")
-    with pytest.raises(InputError, match="not measured under Best-of-8"):
+    with pytest.raises(InputError, match=r"low was not measured under Best-of-8\. .* \(Standard, Best-of-2\), or"):
         compare_runs(two_runs, procedure="Best-of-8")
     with pytest.raises(StorageError, match="no finished evaluation here"):
         read_runs([tmp_path])

@@ -48,6 +48,15 @@ def test_gold_rewards_have_a_table_of_their_own():
     assert row.split()[:2] == ["ours", f"{100 * measured[0].of('Standard').judged['strict'].estimate:.1f}"]
 
 
+def test_prompts_are_called_held_out_only_where_they_are():
+    rng = np.random.default_rng(0)
+    one = measure("ours", *rng.standard_normal((2, 1, 4)), np.ones((1, 4)), [Standard()], reward="judge")
+    assert "1 held-out prompt × 4 fresh rollouts per model" in text_table([one], [], 1, None)
+    seen = text_table([one], [], 1, None, held_out=False)
+    assert "; 1 prompt × 4 fresh rollouts per model" in seen
+    assert "held-out" not in seen
+
+
 def test_it_states_the_kl_reached_against_the_budget():
     # 240 log-ratios of mean 0.4 and spread 0.1, seeded.
     assert re.search(r"KL budget 0\.5 nats; reached: ours 0\.(39|40)\d \(-2\d%\)", table(0.5))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from infalign.audit.attempts import JudgedAsAsked
 from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
+from infalign.rollouts.combined import CombinedReward
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.score import FunctionReward, SequenceClassificationReward, score_store
 from infalign.rollouts.store import RolloutStore
@@ -68,7 +70,7 @@ def test_a_function_by_its_name(tmp_path, monkeypatch):
     source = FunctionReward("my_rewards:short")
     assert source.score(["p"], ["abc"], answer=[1]).tolist() == [-3.0]
     assert source.key.startswith("my_rewards:short@")
-    assert str(source) == source.key
+    assert str(source) == "my_rewards:short"
     for bad in ("my_rewards", "my_rewards:", "my_rewards:none", "no_such_module:f", "my_rewards:__name__"):
         with pytest.raises(InputError, match="function"):
             FunctionReward(bad)
@@ -194,3 +196,15 @@ def test_a_reward_model_that_overflows_is_named(tmp_path):
     model.save_pretrained(path)
     with pytest.raises(RewardError, match="nan for 2 responses, the first is row 0"):
         SequenceClassificationReward(path).score(["a", "b"], ["c", "d"])
+
+
+def test_a_model_by_its_folder(tmp_path, monkeypatch):
+    for folder in ("helpful", "aligned/model", "other/helpful"):
+        random_llama(tmp_path / folder, 5, reward_model=True)
+    named = [SequenceClassificationReward(tmp_path / one) for one in ("helpful", "aligned/model")]
+    assert [str(source) for source in named] == ["helpful", "aligned"]
+    assert str(JudgedAsAsked(named[0])) == "helpful"
+    monkeypatch.chdir(tmp_path / "aligned" / "model")
+    assert str(SequenceClassificationReward(".")) == "aligned"
+    alike = CombinedReward([named[0], SequenceClassificationReward(tmp_path / "other" / "helpful")], [1, 0.5])
+    assert str(alike) == "1 × helpful + 0.5 × helpful (2)"

@@ -114,6 +114,9 @@ class JudgedAsAsked(RewardSource):
         self.key = source.key
         self.description = source.description
 
+    def __str__(self) -> str:
+        return str(self.source)
+
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
     ) -> Scores:

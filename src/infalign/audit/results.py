@@ -127,8 +127,11 @@ class AuditResult:
             models = [_model(entry) for entry in data["models"]]
             changes = [Change(**{**entry, "difference": Measured(**entry["difference"])}) for entry in data["changes"]]
             return cls(**{**data, "models": models, "changes": changes})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"not a stored audit of this version ({error})", mend="Run the audit again") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                "this audit was not stored by this version of infalign",
+                mend="Give the same `infalign audit` command again: attempts and scores are kept",
+            ) from error
 
 
 def _model(entry: Mapping[str, Any]) -> ModelAudit:

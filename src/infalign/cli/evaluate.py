@@ -11,7 +11,7 @@ import typer
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
 from infalign.cli.options import Json, Set
 from infalign.cli.run import execute
-from infalign.cli.sources import allow_local_rewards, parse_procedure
+from infalign.cli.sources import allow_local_rewards, parse_procedure, told_duplicates
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def evaluate_command(
     job = Job(
         candidates=candidates,
         reference=_reference(reference, run, made),
-        prompts=_prompts(prompts, column, run)[:limit],
+        prompts=_prompts(prompts, column, run, reporter)[:limit],
         reward=_reward(reward, run, made),
         procedures=chosen,
         # Of its own for each run or model: another evaluation must not take this one's place.
@@ -161,7 +161,7 @@ def evaluate_command(
         reporter.say("Stopped; the same command goes on from here.")
         raise typer.Exit(130) from None
     report = str(job.out / "report.html")
-    text = text_table(evaluation.results, evaluation.comparisons, chosen[0].n, None)
+    text = text_table(*(evaluation.results, evaluation.comparisons, chosen[0].n, None), held_out=evaluation.held_out)
     text = "\n".join([text, *(f"Note: {warning}" for warning in evaluation.warnings), "", f"Report: {report}"])
     print_result({"text": text, **evaluation.to_dict(), "report": report}, json_)
 
@@ -223,12 +223,15 @@ def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
     return open_reward(made.reward[0], testbed_model=str(run / "models" / "reward"))
 
 
-def _prompts(given: Path | None, column: str, run: Path | None) -> PromptSet:
+def _prompts(given: Path | None, column: str, run: Path | None, reporter: ConsoleReporter) -> PromptSet:
     from infalign.data import load_prompts
     from infalign.model_evaluation import read_prompts
 
     if given is not None:
-        return load_prompts(given, column)
+        loaded = load_prompts(given, column)
+        if loaded.duplicates:
+            reporter.say(told_duplicates(loaded, given))
+        return loaded
     if run is None:
         raise InputError("there are no prompts", where="evaluate", mend="Give --prompts FILE")
     return read_prompts(run / "prompts" / "evaluation.jsonl")

@@ -161,9 +161,13 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
     scored_by = [own.key] if run.rewards.combined else run.store("reference").reward_sources
     if reward.key not in scored_by:
         raise MismatchError(
-            f"the reward is {reward.key}, the calibration was made with {', '.join(scored_by)}",
+            f"the reward {own} has changed since the calibration was made"
+            if str(reward) == str(own)
+            else f"the reward is {reward}, the calibration was made with {own}",
             where=f"--calibration {run_folder}",
-            mend="Leave --reward out to use the run's own",
+            mend="Do `infalign calibrate` again with the changed reward"
+            if own.key not in scored_by
+            else "Leave --reward out to use the run's own",
         )
     files = sorted((run_folder / "calibration" / "calibrator").rglob("*.npy"))
     marks = [[str(path.relative_to(run_folder)), file_fingerprint(path)] for path in files]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from infalign.errors import InputError, StorageError
 from infalign.evaluation.results import MethodResult
 
 FILE = "evaluation.json"
-_OLD = "Run the evaluation again"
+_OLD = "Evaluate again with the same command: what was drawn and scored is kept"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Evaluation:
         comparisons: What `infalign.evaluation.compare.Comparison.to_dict` gave.
         baseline: Label of the method that the others are compared with on a page; None for none.
         warnings: What a reader must know before the numbers, in sentences.
+        held_out: Whether no prompt is known to have been trained on by a model.
         settings: What was asked for.
         versions: Versions of packages.
     """
@@ -48,6 +50,7 @@ class Evaluation:
     comparisons: list[dict[str, Any]]
     baseline: str | None = None
     warnings: list[str] = field(default_factory=list)
+    held_out: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,10 +71,8 @@ class Evaluation:
         """
         try:
             return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"not an evaluation of this version ({error})", where=where, mend=_OLD) from error
-        except InputError as error:
-            raise InputError(error.what, where=where, mend=_OLD) from error
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise InputError(_written_otherwise(data), where=where, mend=_OLD) from error
 
     @classmethod
     def read(cls, folder: str | Path) -> Evaluation:
@@ -94,3 +95,13 @@ class Evaluation:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise StorageError(f"the evaluation cannot be read ({error})", where=str(path), mend=_OLD) from error
         return cls.from_dict(data, str(path))
+
+
+def _written_otherwise(data: Any) -> str:
+    """Why fields are missing or unknown: who wrote them, as far as that is known."""
+    here = metadata.version("infalign")
+    versions = data.get("versions") if isinstance(data, Mapping) else None
+    wrote = versions.get("infalign") if isinstance(versions, Mapping) else None
+    if wrote is None or wrote == here:
+        return f"these results were not written by this infalign ({here}), but by an earlier or later one"
+    return f"these results were written by infalign {wrote}; this is {here}, which keeps them in another form"

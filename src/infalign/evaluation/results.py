@@ -260,9 +260,9 @@ class MethodResult:
             }
             fields["diagnostics"] = Diagnostics.from_dict(fields["diagnostics"])
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"not a stored evaluation result of this version ({error})", mend="Run the evaluation again"
+                "these results were not stored by this version of infalign", mend="Evaluate again"
             ) from error
 
     def of(self, procedure: str) -> ProcedureResult:

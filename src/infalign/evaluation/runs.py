@@ -137,6 +137,7 @@ def compare_runs(
     check_comparable(runs)
     first = next(iter(runs.values()))
     label = procedure or procedure_from_dict(first.procedure).label
+    _require_measured(runs, label)
     results = [
         replace(result, label=f"{name}/{result.label}" if len(runs) > 1 else result.label,
                 series=result.series or result.label)
@@ -209,6 +210,30 @@ def check_comparable(runs: Mapping[str, Evaluation]) -> None:
                 where="compare",
                 mend="Evaluate both alike: `infalign evaluate --model … --model … --reference … --prompts …`",
             )
+
+
+def _require_measured(runs: Mapping[str, Evaluation], procedure: str) -> None:
+    """Refuse runs of which one was not measured under the procedure.
+
+    Raises:
+        InputError: Naming the run, and the procedures that all of them were measured under.
+    """
+    measured = [
+        (name, [e.procedure for e in result.procedures]) for name, run in runs.items() for result in run.results
+    ]
+    lacking = next((name for name, labels in measured if procedure not in labels), None)
+    if lacking is None:
+        return
+    own = procedure_from_dict(next(iter(runs.values())).procedure).label
+    which = ", the one that the first run is for" if procedure == own else ""
+    shared = [label for label in measured[0][1] if all(label in labels for _, labels in measured)]
+    choose = f"choose with --procedure one that all were measured under ({', '.join(shared)}), or " if shared else ""
+    again = f"evaluate it under this one too: `infalign evaluate --run {lacking} --procedures …`"
+    raise InputError(
+        f"{lacking} was not measured under {procedure}{which}",
+        where="compare",
+        mend=f"To compare them, {choose}{again}, or evaluation.procedures in its recipe",
+    )
 
 
 def _common_kls(curve: Sequence[MethodResult], base: Sequence[MethodResult]) -> list[float]:

@@ -77,6 +77,7 @@ def report_data(out: Path, evaluation: Evaluation) -> ReportData:
         title=evaluation.name,
         baseline=evaluation.baseline,
         warnings=evaluation.warnings,
+        held_out=evaluation.held_out,
         plan=None if plan is None else {"best": {"kl": plan["kl"], "beta": plan["transforms"][0]["beta"]}},
         settings=evaluation.settings,
         versions=evaluation.versions,

@@ -55,7 +55,7 @@ def render_markdown(data: ReportData) -> str:
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", *(f"- {cell(label)}: {text}" for label, text in worse_rows(results)), ""]
     lines += ["## What not to conclude", "", *(f"- {cell(text)}" for text in cautions(results)), ""]
-    lines += ["## Methods", "", cell(methods_paragraph(results, data.plan)), ""]
+    lines += ["## Methods", "", cell(methods_paragraph(results, data.plan, held_out=data.held_out)), ""]
     if data.versions:
         lines += ["Versions: " + ", ".join(f"{cell(name)} {cell(text)}" for name, text in data.versions.items()), ""]
     return "\n".join(lines)

@@ -78,6 +78,7 @@ class ReportData:
             the n of `procedure`, and standard sampling.
         matched: Differences at one KL, from `infalign.evaluation.runs.compare_runs`.
         warnings: What a reader must know before the numbers, in sentences.
+        held_out: Whether no prompt is known to have been trained on.
         plan: The stored plan: "best" with "kl" and "beta" is used.
         settings: The recipe that was run.
         versions: Package or device name → version.
@@ -96,6 +97,7 @@ class ReportData:
     headline_procedures: Sequence[str] | None = None
     matched: Sequence[MatchedDifference] = ()
     warnings: Sequence[str] = ()
+    held_out: bool = True
     plan: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -223,7 +225,7 @@ def render(data: ReportData) -> str:
         look=look,
         strip=_strip_scale(results, columns),
         cautions=[*data.warnings, *cautions(results)],
-        methods_text=methods_paragraph(results, data.plan),
+        methods_text=methods_paragraph(results, data.plan, held_out=data.held_out),
         figures=_figures(data, results, look),
         samples=samples,
         samples_left_out=left_out,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infalign.evaluation.results import Measured, MethodResult
+from infalign.wording import counted
 
 
 def text_table(
@@ -15,6 +16,7 @@ def text_table(
     kl_budget: float | None,
     *,
     judge: str | None = None,
+    held_out: bool = True,
 ) -> str:
     """Win rates, KL and limits in aligned columns, then the comparisons in sentences.
 
@@ -24,6 +26,7 @@ def text_table(
         n: Only standard sampling and procedures of this n are shown, where more than four were measured.
         kl_budget: The KL all methods were steered to, if there was one.
         judge: What to call the reward; its own name if None.
+        held_out: Whether no prompt is known to have been trained on.
     """
     first = results[0]
     shown = first.procedures if len(first.procedures) <= 4 else [e for e in first.procedures if e.n in (1, n)]
@@ -39,7 +42,8 @@ def text_table(
         rows.append([result.label, with_margin(result.kl, 1), *cells])
     lines = [
         f"Win rate against the reference used the same way, in %, ± {first.confidence:.0%} interval; "
-        f"{first.num_prompts} held-out prompts × {first.num_samples} fresh rollouts per model.",
+        f"{counted(first.num_prompts, 'held-out prompt' if held_out else 'prompt')} × "
+        f"{counted(first.num_samples, 'fresh rollout')} per model.",
         f"In brackets the theoretical limit at the measured KL. Judge: {judge or first.reward}.",
         "",
         *columns([header, *rows]),

@@ -11,6 +11,7 @@ import numpy as np
 from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.compare import Comparison
 from infalign.evaluation.results import Measured, MethodResult
+from infalign.wording import counted
 
 
 @dataclass(frozen=True)
@@ -154,17 +155,19 @@ def worse_sentence(result: MethodResult) -> str:
     )
 
 
-def methods_paragraph(results: Sequence[MethodResult], plan: Mapping[str, Any] | None) -> str:
+def methods_paragraph(results: Sequence[MethodResult], plan: Mapping[str, Any] | None, *, held_out: bool = True) -> str:
     """How the numbers were made, ready to be pasted in a paper.
 
     Args:
         results: Methods.
         plan: The stored plan, or None.
+        held_out: Whether no prompt is known to have been trained on.
     """
     first = results[0]
     names = ", ".join(entry.procedure for entry in first.procedures)
     text = (
-        f"On {first.num_prompts} held-out prompts we drew {first.num_samples} fresh responses from each policy and "
+        f"On {counted(first.num_prompts, 'held-out prompt' if held_out else 'prompt')} we drew "
+        f"{counted(first.num_samples, 'fresh response')} from each policy and "
         f"{first.num_ref_samples} from the reference, and scored them with {first.reward}. Win rates of an "
         "inference-time procedure applied to the policy over the same procedure applied to the reference "
         f"({names}) are averages over all subsets of the required size without replacement, which is unbiased; ties "

@@ -12,6 +12,7 @@ from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import PromptContent
 from infalign.rollouts.rewards import RewardSource, Scores
 from infalign.rollouts.store import RolloutStore
+from infalign.wording import distinct
 
 
 class CombinedReward(RewardSource):
@@ -44,8 +45,9 @@ class CombinedReward(RewardSource):
         return Scores(np.stack([part.rewards for part in parts], axis=-1), errors)
 
     def __str__(self) -> str:
+        names = distinct([str(source) for source in self.sources])
         return " + ".join(
-            f"{weight:g} × {source}" for weight, source in zip(self.description["weights"], self.sources, strict=True)
+            f"{weight:g} × {name}" for weight, name in zip(self.description["weights"], names, strict=True)
         )
 
 

@@ -140,6 +140,15 @@ def _hash_folder(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def model_name(model: str | Path) -> str:
+    """What to call a model in tables: its folder's name, of `NAME/model` the first; a hub name as it is."""
+    path = Path(model)
+    if not path.exists():
+        return str(model)
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Identity of a tokenizer: its vocabulary and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

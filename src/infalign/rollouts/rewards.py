@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
-from infalign.rollouts.key import model_fingerprint
+from infalign.rollouts.key import model_fingerprint, model_name
 from infalign.rollouts.tokens import require_chat_template
 
 Float = NDArray[np.float64]
@@ -41,7 +41,7 @@ class Scores:
 
 
 class RewardSource(ABC):
-    """Scores responses.
+    """Scores responses. As text (`str`) it is the name that people read, which two sources may share.
 
     Attributes:
         key: Names the source; a source that would score otherwise has another key.
@@ -102,6 +102,7 @@ class FunctionReward(RewardSource):
         except (OSError, TypeError):
             digest = ""
         self.key = key or (f"{name}@{digest}" if digest else name)
+        self._name = name if key is None else key
         self.description = {"kind": "function", "function": name, "source": digest}
         try:
             self._signature = inspect.signature(self._function)
@@ -111,6 +112,9 @@ class FunctionReward(RewardSource):
         parameters = self._signature.parameters
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._takes = set(parameters)
+
+    def __str__(self) -> str:
+        return self._name
 
     def require_columns(self, names: Sequence[str]) -> None:
         """Make sure, without calling it, that the function can be called with these columns.
@@ -137,7 +141,7 @@ class FunctionReward(RewardSource):
         """
         kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
         try:
-            return check_scores(self._call(prompts, completions, kept), len(completions), 0, self.key)
+            return check_scores(self._call(prompts, completions, kept), len(completions), 0, str(self))
         except RewardError:
             raise
         except Exception as error:
@@ -152,7 +156,7 @@ class FunctionReward(RewardSource):
             }
             try:
                 values = self._call(prompts[row : row + 1], completions[row : row + 1], one)
-                scored = check_scores(values, 1, row, self.key)
+                scored = check_scores(values, 1, row, str(self))
                 rewards[row] = scored.rewards[0]
                 errors.append(scored.errors[0])
             except RewardError:
@@ -168,7 +172,7 @@ class FunctionReward(RewardSource):
         try:
             result = self._function(prompts=list(prompts), completions=list(completions), **columns)
         except SystemExit as error:
-            raise RewardError("it ended the program", where=self.key, mend="Raise an error instead") from error
+            raise RewardError("it ended the program", where=str(self), mend="Raise an error instead") from error
         return _wait_for(result) if inspect.isawaitable(result) else result
 
 
@@ -329,6 +333,9 @@ class SequenceClassificationReward(RewardSource):
         settings = hashlib.sha256(repr(sorted(self.description.items())).encode()).hexdigest()[:12]
         self.key = f"sequence-classification@{settings}"
 
+    def __str__(self) -> str:
+        return model_name(self.path)
+
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
     ) -> Scores:
@@ -363,7 +370,7 @@ class SequenceClassificationReward(RewardSource):
         bad = np.flatnonzero(~np.isfinite(rewards))
         if len(bad):
             raise RewardError(f"the model gave {rewards[bad[0]]} for {len(bad)} responses, the first is row {bad[0]}",
-                              where=self.key, mend="Check the reward model; half precision may overflow")  # fmt: skip
+                              where=str(self), mend="Check the reward model; half precision may overflow")  # fmt: skip
         return Scores(rewards, [None] * len(rewards))
 
     def _token_ids(

@@ -94,7 +94,8 @@ def score_store(
                     f"{unscored} of {done} rollouts could not be scored ({scores.errors[first] or 'no reason given'}; "
                     f"first here: rollout {indices[rows[first]]} of prompt {owners[first].id})",
                     where=str(source),
-                    mend=f"Mend the reward, or allow a larger share than {max_unscored:g}",
+                    mend=f"Mend the reward, or leave out prompts whose responses it cannot judge: at most "
+                    f"{max_unscored:.0%} may stay unscored",
                 )
             speed = f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s"
             report(done, len(mine), f"{speed}, {unscored} unscored" if unscored else speed)

@@ -18,6 +18,7 @@ from infalign.run_rewards import open_reward
 from infalign.stages.card import write_card
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run
+from infalign.wording import distinct
 
 
 def calibrate_evaluation(run: Run, progress: Progress) -> None:
@@ -76,7 +77,7 @@ def measure(run: Run, progress: Progress) -> None:
             prompts,
             recipe.evaluation_procedures,
             reward_key=source.key,
-            reward=str(source),
+            reward=distinct([*gold, str(source)])[-1],
             gold=gold,
             confidence=recipe.evaluation.confidence,
         )
