@@ -15,6 +15,7 @@ from infalign.data import Prompt
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.rewards import FunctionReward
 from infalign.testbed.toy import random_llama
+from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
 from infalign.training.reward import TransformedReward
 from infalign.transforms import RewardTransform
 
@@ -79,13 +80,19 @@ class Testbed:
         )
 
     def optimum(self, reward: TransformedReward, index: int) -> tuple[np.ndarray, float]:
-        """p·exp(Φ_K/β)/Z by enumeration, and its KL."""
+        """p·exp(Φ_K/β)/Z by enumeration (M6, M7), without the floor that training gives the tilt, and its KL."""
         responses, prompt = self.responses[index], PROMPTS[index]
-        tilt = reward.tilt(self.rewards(prompt, responses), [prompt.id] * len(responses))
-        log_weights = np.array(list(responses.values())) + tilt
-        weights = np.exp(log_weights - log_weights.max())
-        target = weights / weights.sum()
-        return target, float((target * (np.log(target) - np.array(list(responses.values())))).sum())
+        assert isinstance(reward.transform, RewardTransform)
+        ranks, ties = self.calibrator.ranks_and_ties(
+            self.rewards(prompt, responses), prompt_index=np.full(len(responses), index)
+        )
+        tilt = tilt_at_ranks(
+            rank_conditional_tilt(reward.transform, reward.beta, self.num_ref) / reward.beta, 1.0, ranks, ties
+        )
+        log_ref = np.array(list(responses.values()))
+        log_target = log_ref + tilt - np.logaddexp.reduce(log_ref + tilt)
+        target = np.exp(log_target)
+        return target, float((target * (log_target - log_ref)).sum())
 
     def distance(self, model_folder: Path, reward: TransformedReward) -> list[float]:
         """Total variation between a trained policy and the optimum, for each prompt."""

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 
 from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.rollouts.store import RolloutStore
-from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
+from infalign.theory.finite_k import tilt_at_ranks
+from infalign.training.tilt import log_partition, tilt_by_rank
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -135,7 +135,6 @@ def log_weights(pool: RolloutPool, transform: RewardTransform, beta: float) -> F
     out_R = np.empty(len(pool))
     for num_ref in np.unique(pool.num_ref_R):
         of_K = pool.num_ref_R == num_ref
-        table = rank_conditional_tilt(transform, beta, int(num_ref)) / beta
-        log_partition = logsumexp(table) - np.log(num_ref + 1.0)
-        out_R[of_K] = tilt_at_ranks(table, 1.0, pool.ranks_R[of_K], pool.ties_R[of_K]) - log_partition
+        table = tilt_by_rank(transform, beta, int(num_ref))
+        out_R[of_K] = tilt_at_ranks(table, 1.0, pool.ranks_R[of_K], pool.ties_R[of_K]) - log_partition(table)
     return out_R

@@ -19,10 +19,11 @@ from infalign.errors import InputError, RewardError
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import column_names, columns_of
-from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
+from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.drop_in import calling_trainer, warn_of_settings
 from infalign.training.ranked import RankedRollouts
 from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.training.tilt import log_partition, tilt_by_rank
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -35,7 +36,7 @@ class TransformedReward:
     objective of KL-regularised RL with transform Φ at KL coefficient β, divided by β.
 
     With K references the calibrated reward is a rank b in 0..K. Its tilt is the rank-conditional Φ_K(b) (M6), which
-    keeps the normaliser exact where plugging in b/K would over-tilt.
+    keeps the normaliser exact where plugging in b/K would over-tilt. It has a floor (`training/tilt.py`).
 
     Args:
         source: Scores responses; a `CombinedReward` gives several rewards each.
@@ -119,8 +120,7 @@ class TransformedReward:
         num_ref_B = self.calibrator.num_ref_P[self.rows(prompt_id)]
         out_B = np.empty(len(num_ref_B))
         for num_ref in np.unique(num_ref_B):
-            table = self._tilt_table(int(num_ref))
-            out_B[num_ref_B == num_ref] = np.logaddexp.reduce(table) - np.log(len(table))
+            out_B[num_ref_B == num_ref] = log_partition(self._tilt_table(int(num_ref)))
         return out_B
 
     def __call__(
@@ -243,8 +243,5 @@ class TransformedReward:
 
     def _tilt_table(self, num_ref: int) -> Float:
         if num_ref not in self._tilt_of_K:
-            if isinstance(self.transform, SelfConsistentTransform):
-                self._tilt_of_K[num_ref] = self.transform.tilt_by_rank(num_ref, self.beta)
-            else:
-                self._tilt_of_K[num_ref] = rank_conditional_tilt(self.transform, self.beta, num_ref) / self.beta
+            self._tilt_of_K[num_ref] = tilt_by_rank(self.transform, self.beta, num_ref)
         return self._tilt_of_K[num_ref]

@@ -1,0 +1,40 @@
+"""The tilt that training aims at, rank by rank: Φ_K(b)/β (M6), with a floor far below what the optimum notices."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infalign.theory.finite_k import rank_conditional_tilt
+from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.transforms import RewardTransform
+
+Float = NDArray[np.float64]
+
+FLOOR = 8.0
+"""How far below log Z a tilt may lie, in nats.
+
+The transforms of the lower end forbid bad responses by tens to thousands of nats, and one such response outweighs the
+rest of a step. With the floor their share of the optimum is at most e^-FLOOR (0.0003) of their share under the
+reference, which is also how far, in total variation, the optimum moves.
+"""
+
+
+def tilt_by_rank(transform: RewardTransform | SelfConsistentTransform, beta: float, num_ref: int) -> Float:
+    """Φ_K(b)/β in nats for b = 0..K, none more than `FLOOR` below log Z; shape (K + 1,).
+
+    Args:
+        transform: Φ.
+        beta: KL coefficient, in units of Φ per nat.
+        num_ref: K.
+    """
+    if isinstance(transform, SelfConsistentTransform):
+        table = transform.tilt_by_rank(num_ref, beta)
+    else:
+        table = rank_conditional_tilt(transform, beta, num_ref) / beta
+    return np.maximum(table, log_partition(table) - FLOOR)
+
+
+def log_partition(tilt_by_rank: Float) -> float:
+    """Log Z = log of the mean of exp(Φ_K(b)/β) over the ranks (M6), in nats: under the reference all are as likely."""
+    return float(np.logaddexp.reduce(tilt_by_rank) - np.log(len(tilt_by_rank)))
