@@ -86,8 +86,9 @@ class Testbed:
         ranks, ties = self.calibrator.ranks_and_ties(
             self.rewards(prompt, responses), prompt_index=np.full(len(responses), index)
         )
+        num_ref = int(self.calibrator.num_ref_P[index])
         tilt = tilt_at_ranks(
-            rank_conditional_tilt(reward.transform, reward.beta, self.num_ref) / reward.beta, 1.0, ranks, ties
+            rank_conditional_tilt(reward.transform, reward.beta, num_ref) / reward.beta, 1.0, ranks, ties
         )
         log_ref = np.array(list(responses.values()))
         log_target = log_ref + tilt - np.logaddexp.reduce(log_ref + tilt)

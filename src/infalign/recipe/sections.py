@@ -200,6 +200,7 @@ class Training(Section):
     num_generations: Count = 16
     learning_rate: Positive = 1e-5
     baseline: Literal["known", "leave-one-out"] = "known"
+    anneal: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the steps over which the tilt is brought in
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`

@@ -62,8 +62,8 @@ class UncalibratedReward(TransformedReward):
         """What is maximised, shape (B,)."""
 
     def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """u(r)/β in nats, shape (B,)."""
-        return self.utility(rewards, prompt_id) / self.beta
+        """u(r)/β in nats, times `strength`, shape (B,)."""
+        return self.strength * self.utility(rewards, prompt_id) / self.beta
 
     def ref_utilities(self) -> list[Float]:
         """U of each prompt's references, one array of shape (K,) per prompt."""
@@ -72,7 +72,8 @@ class UncalibratedReward(TransformedReward):
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
         """Log of the mean of exp(u/β) over each prompt's references, in nats, shape (B,): an estimate of log Z."""
-        log_z_P = np.array([logsumexp(u_K / self.beta) - np.log(len(u_K)) for u_K in self.ref_utilities()])
+        per_nat = self.strength / self.beta
+        log_z_P = np.array([logsumexp(per_nat * u_K) - np.log(len(u_K)) for u_K in self.ref_utilities()])
         return log_z_P[self.rows(prompt_id)]
 
 

@@ -43,6 +43,8 @@ from infalign.training.running import (
 from infalign.training.steering import Steering, TrainingStep
 from infalign.training.step_report import StepReport
 
+ANNEAL = 0.25  # the default of `anneal`
+
 
 @dataclass(frozen=True)
 class AlignmentResult:
@@ -66,6 +68,7 @@ def align(
     num_generations: int = 16,
     learning_rate: float = 1e-5,
     baseline: Baseline = "known",
+    anneal: float = ANNEAL,
     kl_budget: float | None = None,
     kl_prompts: Sequence[Prompt] | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -93,6 +96,7 @@ def align(
         num_generations: G, rollouts per prompt in one step.
         learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
         baseline: What is subtracted from a rollout's reward (`baseline.py`).
+        anneal: Share of the steps over which the tilt is brought in (`steering.py`), in [0, 1); 0 has it all at once.
         kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is
             scaled (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
         kl_prompts: Prompts for that measurement, best not among `prompts`, which serve if there are none.
@@ -113,13 +117,17 @@ def align(
     if (out / "result.json").exists():
         return _read_result(out)
     refuse_changed_objective(rloo or {})
+    if not 0.0 <= anneal < 1.0:
+        raise InputError(
+            f"anneal is {anneal}", where="align", mend="Give a share of the steps: at least 0, less than 1"
+        )
     set_seed(seed)
     model, tokenizer = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if hasattr(model, "peft_config"):  # the trainer's reference would be the bare base model
         refuse_adapter(policy)
     reward.take_columns_from(prompts)
     controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
-    callback = Steering(reward, controller, out / "steps.jsonl", steps, progress)
+    callback = Steering(reward, controller, out / "steps.jsonl", steps, progress, anneal_steps=round(anneal * steps))
     trainer = _make_trainer(
         model,
         tokenizer,
@@ -173,6 +181,7 @@ def check_training(
     learning_rate: float,
     max_new_tokens: int,
     baseline: Baseline,
+    anneal: float,
     lora: Mapping[str, Any] | None,
     save_steps: int,
     rloo: Mapping[str, Any],
@@ -184,6 +193,7 @@ def check_training(
     """
     refuse_changed_objective(rloo)
     assert baseline in get_args(Baseline), "held by the recipe"
+    assert 0 <= anneal < 1, "held by the recipe"
     if baseline == "leave-one-out" and num_generations == 1:
         raise InputError(
             "the leave-one-out baseline needs other rollouts of the same prompt",

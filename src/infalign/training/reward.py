@@ -47,6 +47,7 @@ class TransformedReward:
         procedure: What the policy will be used through, for the win rate in the log; a `SelfConsistentTransform` knows.
 
     Attributes:
+        strength: Share of the tilt that is in force, in (0, 1]; below 1 while training anneals (`steering.py`).
         ranked: How the rollouts scored last stand among the references; those of all processes in a training.
         win_rate: Their estimated inference-time win rate (M10); None where they are too few.
 
@@ -80,6 +81,7 @@ class TransformedReward:
         self.win_rate: float | None = None
         self._checked = False  # whether the calling trainer's settings have been looked at
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+        self._strength = 1.0
         self.beta = beta
         self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
 
@@ -95,6 +97,17 @@ class TransformedReward:
         self._beta = float(beta)
         self._tilt_of_K: dict[int, Float] = {}
 
+    @property
+    def strength(self) -> float:
+        """Share s of the tilt that is in force: the policy aimed at is p^(1 − s)·π*^s, normalised."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if strength != self._strength:
+            self._strength = strength
+            self._tilt_of_K = {}
+
     def take_columns_from(self, prompts: Sequence[Prompt]) -> None:
         """Give the source the columns of these prompts' rows, as scoring a store does, not those of a data set."""
         self._prompt_of = {prompt.id: prompt for prompt in prompts}
@@ -105,7 +118,7 @@ class TransformedReward:
         return self.calibrator.calibrate(rewards, prompt_index=self.rows(prompt_id))
 
     def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """Φ_K(b)/β in nats (M6), shape (B,), of raw `rewards`, shape (B,), or (B, M) of several sources."""
+        """Φ_K(b)/β in nats (M6), times `strength`, shape (B,), of raw `rewards`, as in `calibrate`."""
         rows = self.rows(prompt_id)
         rank_B, ties_B = self.calibrator.ranks_and_ties(rewards, prompt_index=rows)
         num_ref_B = self.calibrator.num_ref_P[rows]
@@ -243,5 +256,5 @@ class TransformedReward:
 
     def _tilt_table(self, num_ref: int) -> Float:
         if num_ref not in self._tilt_of_K:
-            self._tilt_of_K[num_ref] = tilt_by_rank(self.transform, self.beta, num_ref)
+            self._tilt_of_K[num_ref] = self.strength * tilt_by_rank(self.transform, self.beta, num_ref)
         return self._tilt_of_K[num_ref]

@@ -36,7 +36,12 @@ class TrainingStep:
 
 
 class Steering(TrainerCallback):
-    """Reads the step's sequence KL, steers β, records the step, and keeps its state with the checkpoints."""
+    """Anneals, reads the step's sequence KL, steers β, records the step, keeps its state with the checkpoints.
+
+    Annealing: over the first `anneal_steps` the tilt comes in evenly, so that the policy moves along p^(1 − s)·π*^s. At
+    full strength from the start, the responses that the reference draws most often win first, and what is hardly ever
+    drawn after that never comes back (`docs/solvers.md`, "How exact").
+    """
 
     def __init__(
         self,
@@ -45,7 +50,9 @@ class Steering(TrainerCallback):
         record: Path,
         total_steps: int,
         progress: Progress | None,
+        anneal_steps: int = 0,
     ) -> None:
+        self.anneal_steps = anneal_steps
         self.reward = reward
         self.controller = controller
         self.record = record
@@ -61,6 +68,10 @@ class Steering(TrainerCallback):
             self.steps = [TrainingStep(**step) for step in state["steps"]]
             if self.controller is not None:
                 self.controller = KLController(**state["controller"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before a step's rollouts are drawn."""
+        self.reward.strength = min(1.0, (state.global_step + 1) / (self.anneal_steps + 1))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """After each optimiser step."""
@@ -88,7 +99,7 @@ class Steering(TrainerCallback):
                 frontier_share=logs.get("frontier_share"),
             )
         )
-        if self.controller is not None:
+        if self.controller is not None and self.reward.strength == 1.0:  # before that a smaller KL is as it should be
             self.reward.beta = self.controller.update(kl)
         if state.is_world_process_zero:
             self._write_steps()
