@@ -12,7 +12,7 @@ from infalign.pipeline import Pipeline
 from infalign.procedures import FittedProcedure
 from infalign.recipe import load_recipe
 from infalign.testbed.toy import random_llama
-from tests.test_pipeline import Recorder
+from tests.runs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 from huggingface_hub import ModelCard
@@ -19,6 +18,7 @@ from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RunFolder
 from infalign.testbed.toy import random_llama
 from tests.rollouts.test_endpoint import Server, choices
+from tests.runs import Recorder, infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -63,25 +63,6 @@ def patchy(prompts, completions, prompt_id):
     first = min(prompt_id)
     return [None if prompt == first and "a" <= text[:1] <= "z" else 1.0 for prompt, text in zip(prompt_id, completions)]
 """
-
-
-class Recorder:
-    """A reporter that remembers."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    @contextmanager
-    def stage(self, title):
-        self.lines.append(f"{title} …")
-        yield lambda done, total, text: None
-
-    @property
-    def done(self):
-        return [line.removesuffix(" …") for line in self.lines if line.endswith(" …")]
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +222,6 @@ def test_results_of_an_earlier_version_are_measured_again_or_refused(job, finish
 
 def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
     """Three steps, a checkpoint after each: proxy and gold along the training, from the run's own settings."""
-    from infalign.cli.main import main
-
     out = tmp_path / "run"
     run(
         job,
@@ -255,14 +234,11 @@ def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
     assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert not [path for path in (out / "policies").rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     where = tmp_path / "along"
-    command = ["infalign", "evaluate", "--run", str(out), "--checkpoints", "--out", str(where), "--json"]
-    monkeypatch.setattr(sys, "argv", command)
+    command = ["evaluate", "--run", str(out), "--checkpoints", "--out", str(where), "--json"]
     monkeypatch.chdir(job)
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    captured = capsys.readouterr()
-    assert exit_.value.code == 0, captured.err
-    found = json.loads(captured.out)
+    code, told, err = infalign(capsys, monkeypatch, *command)
+    assert code == 0, err
+    found = json.loads(told)
     assert [(one["label"], one["step"]) for one in found["results"]] == [
         *(("optimal step 1", 1), ("optimal step 2", 2), ("optimal step 3", 3), ("optimal", None)),
     ]
@@ -271,10 +247,8 @@ def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
     assert found["warnings"] == []
     page = (where / "report.html").read_text()
     assert "from the reference on. Solid: judged by" in page
-    monkeypatch.setattr(sys, "argv", [*command[:4], "--out", str(tmp_path / "final"), "--json"])
-    with pytest.raises(SystemExit):
-        main()
-    again = json.loads(capsys.readouterr().out)
+    _, told, _ = infalign(capsys, monkeypatch, *command[:3], "--out", tmp_path / "final", "--json")
+    again = json.loads(told)
     run_result = json.loads((out / "evaluation.json").read_text())["results"][0]
     assert again["results"][0]["procedures"][0]["win_rate"] == run_result["procedures"][1]["win_rate"], (
         "the same rollouts"

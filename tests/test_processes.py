@@ -13,7 +13,7 @@ from infalign import processes
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
 from infalign.testbed.toy import random_llama
-from tests.test_pipeline import Recorder
+from tests.runs import Recorder
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infalign.cli.main import main
 from infalign.testbed.toy import random_llama
+from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"  # beside the repository, where there is one
@@ -31,11 +31,7 @@ def job(tmp_path, monkeypatch):
 
 
 def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["infalign", "audit", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out = capsys.readouterr()
-    return ended.value.code or 0, out.out, out.err
+    return infalign(capsys, monkeypatch, "audit", *arguments)
 
 
 BASE = ["--prompts", "bad.jsonl", "--attempts", "4", "--max-new-tokens", "4", "--out", "out"]

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from infalign.cli.main import main
 from infalign.testbed.toy import random_llama
 from tests.decode.test_remote import Server, numbers
+from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -50,13 +50,8 @@ def job(tmp_path, monkeypatch):
     return tmp_path
 
 
-def infalign(capsys, monkeypatch, *arguments):
-    """Exit code, stdout and stderr of `infalign decode`."""
-    monkeypatch.setattr(sys, "argv", ["infalign", "decode", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
+def decode(capsys, monkeypatch, *arguments):
+    return infalign(capsys, monkeypatch, "decode", *arguments)
 
 
 LOCAL = ("--model", "model", "--reward", "decode_rewards:length", "--max-new-tokens", 6, "--n", 4)
@@ -71,7 +66,7 @@ def answers_of(rows):
 
 
 def test_one_prompt(job, capsys, monkeypatch):
-    code, out, _ = infalign(capsys, monkeypatch, "Hello", *LOCAL, "--json")
+    code, out, _ = decode(capsys, monkeypatch, "Hello", *LOCAL, "--json")
     assert code == 0
     told = json.loads(out)
     (answer,) = told["answers"]
@@ -79,7 +74,7 @@ def test_one_prompt(job, capsys, monkeypatch):
     assert answer["response"] == answer["candidates"][answer["chosen"]]["text"]
     assert answer["reward"] == max(one["reward"] for one in answer["candidates"]) == len(answer["response"])
     assert told["num_tokens"] == sum(one["num_tokens"] for one in answer["candidates"])
-    code, out, err = infalign(capsys, monkeypatch, "Hello", *LOCAL)
+    code, out, err = decode(capsys, monkeypatch, "Hello", *LOCAL)
     assert code == 0
     assert answer["response"] in out
     assert f"Best-of-4 · reward {answer['reward']:g}" in out
@@ -89,7 +84,7 @@ def test_one_prompt(job, capsys, monkeypatch):
 
 def test_killed_and_started_again_it_gives_the_same_answers(job, capsys, monkeypatch):
     """SIGKILL in the middle, a line cut short, another batch size: every prompt once, and as if never stopped."""
-    assert infalign(capsys, monkeypatch, "--prompts", "prompts.jsonl", *LOCAL, "--out", "whole.jsonl")[0] == 0
+    assert decode(capsys, monkeypatch, "--prompts", "prompts.jsonl", *LOCAL, "--out", "whole.jsonl")[0] == 0
     whole = rows_of(job / "whole.jsonl")
     assert [row["prompt"] for row in whole] == [f"Number {i}: " for i in range(24)]
     arguments = ("--prompts", "prompts.jsonl", *LOCAL, "--out", "killed.jsonl", "--reward", "decode_rewards:slow")
@@ -108,7 +103,7 @@ def test_killed_and_started_again_it_gives_the_same_answers(job, capsys, monkeyp
     assert 5 <= there < 24
     with file.open("ab") as cut:
         cut.write(b'{"prompt_id": "half a li')
-    code, out, _ = infalign(capsys, monkeypatch, *arguments, "--batch", 7)
+    code, out, _ = decode(capsys, monkeypatch, *arguments, "--batch", 7)
     assert code == 0
     assert f"{24 - there} prompts answered; {there} were there" in out
     rows = rows_of(file)
@@ -118,9 +113,9 @@ def test_killed_and_started_again_it_gives_the_same_answers(job, capsys, monkeyp
     assert answers_of(rows) == answers_of(whole)
     # Once more there is nothing to do; made otherwise, the file is refused and stays as it is.
     before = file.read_bytes()
-    assert json.loads(infalign(capsys, monkeypatch, *arguments, "--json")[1])["answered_before"] == 24
+    assert json.loads(decode(capsys, monkeypatch, *arguments, "--json")[1])["answered_before"] == 24
     for changed, message in ((("--seed", 1), "seed was 0 and is now 1"), (("--n", 2), "procedure was")):
-        code, _, err = infalign(capsys, monkeypatch, *arguments, *changed)
+        code, _, err = decode(capsys, monkeypatch, *arguments, *changed)
         assert code == 2
         assert message in err.replace("\n", " ")
     assert file.read_bytes() == before
@@ -128,7 +123,7 @@ def test_killed_and_started_again_it_gives_the_same_answers(job, capsys, monkeyp
 
 def test_a_prompt_that_cannot_be_ranked_is_said_and_the_others_are_kept(job, capsys, monkeypatch):
     arguments = ("--prompts", "prompts.jsonl", *LOCAL, "--reward", "decode_rewards:not_seven", "--out", "out.jsonl")
-    code, out, err = infalign(capsys, monkeypatch, *arguments)
+    code, out, err = decode(capsys, monkeypatch, *arguments)
     assert code == 2
     assert "1 of 24 prompts has no answer; the first:" in err.replace("\n", " ")
     assert "23 prompts answered" in out
@@ -138,7 +133,7 @@ def test_a_prompt_that_cannot_be_ranked_is_said_and_the_others_are_kept(job, cap
 @pytest.mark.parametrize("prompts", [("Hi",), ("--prompts", "prompts.jsonl")])
 def test_where_nothing_could_be_answered_nobody_is_told_that_it_is_done(job, capsys, monkeypatch, prompts):
     arguments = (*prompts, *LOCAL, "--reward", "decode_rewards:number", "--batch", 4)  # no response is a number
-    code, out, err = infalign(capsys, monkeypatch, *arguments, "--json")
+    code, out, err = decode(capsys, monkeypatch, *arguments, "--json")
     assert code == 2
     assert json.loads(out)["answered"] == 0
     assert "Best-of-4 …" in err
@@ -149,7 +144,7 @@ def test_an_endpoint_and_stopping_at_a_reward(job, capsys, monkeypatch):
     with Server(numbers) as server:
         arguments = ("--endpoint", server.url, "--model-name", "toy", "--reward", "decode_rewards:number",
                      "--prompts", "prompts.jsonl", "--chat", "--procedure", "best-of-8", "--json")  # fmt: skip
-        code, out, _ = infalign(capsys, monkeypatch, *arguments, "--stop-reward", 0.5)
+        code, out, _ = decode(capsys, monkeypatch, *arguments, "--stop-reward", 0.5)
     assert code == 0
     told = json.loads(out)
     assert told["candidates"] < 24 * 4  # two on average; four would be a dozen standard errors away
@@ -161,7 +156,7 @@ def test_an_endpoint_and_stopping_at_a_reward(job, capsys, monkeypatch):
 
 
 def test_rejecting_candidates_part_way(job, capsys, monkeypatch):
-    code, out, err = infalign(capsys, monkeypatch, "Hello", *LOCAL, "--prune-every", 2, "--json")
+    code, out, err = decode(capsys, monkeypatch, "Hello", *LOCAL, "--prune-every", 2, "--json")
     assert code == 0, err
     (answer,) = json.loads(out)["answers"]
     reasons = [one["finish_reason"] for one in answer["candidates"]]
@@ -182,10 +177,8 @@ kl_budget: 0.2
 def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch):
     (job / "recipe.yaml").write_text(RECIPE)
     for verb in ("rollout", "calibrate"):
-        monkeypatch.setattr(sys, "argv", ["infalign", verb, "recipe.yaml", "--out", "run"])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert exit_.value.code == 0, capsys.readouterr().err
+        code, _, err = infalign(capsys, monkeypatch, verb, "recipe.yaml", "--out", "run")
+        assert code == 0, err
     arguments = (
         "--model",
         "model",
@@ -199,19 +192,19 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
     )
     (known, *_) = [json.loads(line)["prompt"] for line in (job / "run/prompts/train.jsonl").read_text().splitlines()]
     capsys.readouterr()
-    code, out, err = infalign(capsys, monkeypatch, known, *arguments, "--stop-at", 0.5)
+    code, out, err = decode(capsys, monkeypatch, known, *arguments, "--stop-at", 0.5)
     assert code == 0, err
     (answer,) = json.loads(out)["answers"]
     *before, last = [one["calibrated_reward"] for one in answer["candidates"]]
     assert all(one < 0.5 for one in before)
     assert last >= 0.5 or len(before) == 7
     # A prompt without references can be answered, but not be stopped by a quantile.
-    (answer,) = json.loads(infalign(capsys, monkeypatch, "Unknown", *arguments)[1])["answers"]
+    (answer,) = json.loads(decode(capsys, monkeypatch, "Unknown", *arguments)[1])["answers"]
     assert answer["calibrated_reward"] is None
-    code, _, err = infalign(capsys, monkeypatch, "Unknown", *arguments, "--stop-at", 0.5)
+    code, _, err = decode(capsys, monkeypatch, "Unknown", *arguments, "--stop-at", 0.5)
     assert code == 2
     assert "no reference rewards" in err.replace("\n", " ")
-    code, _, err = infalign(capsys, monkeypatch, known, *arguments, "--reward", "decode_rewards:slow")
+    code, _, err = decode(capsys, monkeypatch, known, *arguments, "--reward", "decode_rewards:slow")
     assert code == 2
     assert "the calibration was made with" in err.replace("\n", " ")
 
@@ -249,7 +242,7 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
     ],
 )
 def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkeypatch, arguments, message):
-    code, out, err = infalign(capsys, monkeypatch, *arguments)
+    code, out, err = decode(capsys, monkeypatch, *arguments)
     assert code == 2
     assert out == ""
     assert message in err.replace("\n", " ")
@@ -259,7 +252,7 @@ def test_what_a_user_can_mend_is_one_message_and_exit_code_2(job, capsys, monkey
 
 def test_rows_that_repeat_a_prompt_are_said_to_be_left_out(job, capsys, monkeypatch):
     (job / "twice.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Hi"}\n')
-    code, out, err = infalign(capsys, monkeypatch, "--prompts", "twice.jsonl", *LOCAL, "--json")
+    code, out, err = decode(capsys, monkeypatch, "--prompts", "twice.jsonl", *LOCAL, "--json")
     assert code == 0, err
     assert json.loads(out)["answered"] == 1
     assert "1 row of twice.jsonl repeats a prompt and is left out" in err

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from infalign.cli.main import main
 from infalign.testbed.toy import random_llama
+from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -62,15 +62,6 @@ def without(path, key):
     content = json.loads(path.read_text())
     del content[key]
     path.write_text(json.dumps(content))
-
-
-def infalign(capsys, monkeypatch, *arguments):
-    """Exit code, stdout and stderr of one command."""
-    monkeypatch.setattr(sys, "argv", ["infalign", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
 
 
 def test_dry_run_prints_the_plan_and_computes_nothing(job, capsys, monkeypatch):

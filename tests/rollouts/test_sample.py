@@ -215,30 +215,13 @@ def test_global_state_is_left_alone(tmp_path, letters):
 
 
 def test_a_folder_makes_its_own_store(tmp_path, letters):
-    sample(
-        letters.model,
-        letters.tokenizer,
-        PROMPTS,
-        2,
-        store=tmp_path / "s",
-        model_name=letters.path,
-        max_new_tokens=3,
-        seed=0,
-    )
+    given, settings = (letters.model, letters.tokenizer, PROMPTS, 2), {"model_name": letters.path, "max_new_tokens": 3}
+    sample(*given, store=tmp_path / "s", **settings, seed=0)
     assert RolloutStore.read(tmp_path / "s").key.model.startswith("sha256:")
     with pytest.raises(MismatchError, match="seed was 0 and is now 1"):
-        sample(
-            letters.model,
-            letters.tokenizer,
-            PROMPTS,
-            2,
-            store=tmp_path / "s",
-            model_name=letters.path,
-            max_new_tokens=3,
-            seed=1,
-        )
+        sample(*given, store=tmp_path / "s", **settings, seed=1)
     with pytest.raises(InputError, match="model_name"):
-        sample(letters.model, letters.tokenizer, PROMPTS, 2, store=tmp_path / "t")
+        sample(*given, store=tmp_path / "t")
 
 
 def test_what_does_not_belong_is_refused(tmp_path, letters, words):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import contextmanager
 
 import openai
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
 from infalign.testbed.toy import random_llama
+from tests.runs import Recorder
 from tests.serving.process import Served
 
 RECIPE = """
@@ -34,15 +34,6 @@ LENGTH = 8
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 
 
-class Quiet:
-    def say(self, text):
-        pass
-
-    @contextmanager
-    def stage(self, title):
-        yield lambda done, total, text: None
-
-
 def make_run(folder, *, chat=False):
     """Calibrate a byte-level toy policy on a handful of prompts; returns the run folder."""
     random_llama(folder / "policy", spread=1.0, max_length=96, seed=4)
@@ -58,7 +49,7 @@ def make_run(folder, *, chat=False):
     (folder / "recipe.yaml").write_text(RECIPE)
     recipe = load_recipe(folder / "recipe.yaml")
     for only in ("rollout", "calibrate"):
-        Pipeline(recipe, folder / "run", Quiet()).run(only)
+        Pipeline(recipe, folder / "run", Recorder()).run(only)
     return folder / "run"
 
 

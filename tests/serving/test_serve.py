@@ -22,6 +22,7 @@ from infalign.decode.decoder import Decoder
 from infalign.decode.local import LocalSampler
 from infalign.errors import InputError
 from infalign.rollouts.rewards import FunctionReward
+from tests.runs import infalign
 from tests.serving.conftest import LENGTH, REWARDS, USER
 from tests.serving.process import Served
 
@@ -226,8 +227,6 @@ def test_the_key_is_asked_for_and_never_shown(folder):
 
 
 def test_what_cannot_be_served_is_said_at_once(folder, run_folder, monkeypatch, capfd):
-    from infalign.cli.main import main
-
     monkeypatch.chdir(folder)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     model = ["--model", "policy"]
@@ -250,11 +249,8 @@ def test_what_cannot_be_served_is_said_at_once(folder, run_folder, monkeypatch, 
             "--batch-size does nothing with --upstream",
         ),
     ]:
-        monkeypatch.setattr(sys, "argv", ["infalign", "serve", *arguments, "--port", "0"])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        told = capfd.readouterr().err
-        assert (stopped.value.code, message in told) == (2, True), told
+        code, _, told = infalign(capfd, monkeypatch, "serve", *arguments, "--port", "0")
+        assert (code, message in told) == (2, True), told
 
 
 # --- how it bears up --------------------------------------------------------------------------------------------------

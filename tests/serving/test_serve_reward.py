@@ -3,7 +3,6 @@
 import json
 import signal
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from infalign.trainer_reward import TrainerReward
+from tests.runs import infalign
 from tests.serving.process import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -124,22 +124,15 @@ def test_health_and_other_paths(served):
 
 
 def test_what_cannot_be_served_is_said_at_once(run_folder, tmp_path, capfd, monkeypatch):
-    from infalign.cli.main import main
-
     for arguments, message in [
         ([str(tmp_path)], "is no run folder"),
         ([str(run_folder), "--policy", "optimal"], "There are: exponential+10"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["infalign", "serve-reward", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        assert message in capfd.readouterr().err
+        code, _, err = infalign(capfd, monkeypatch, "serve-reward", *arguments)
+        assert code == 2
+        assert message in err
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr(
-            sys, "argv", ["infalign", "serve-reward", str(run_folder), "--port", str(taken.getsockname()[1])]
-        )
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        assert "Choose another --host or --port" in capfd.readouterr().err
+        port = taken.getsockname()[1]
+        code, _, err = infalign(capfd, monkeypatch, "serve-reward", run_folder, "--port", port)
+        assert code == 2
+        assert "Choose another --host or --port" in err

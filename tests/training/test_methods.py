@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import contextmanager
 
 import pytest
 
@@ -11,6 +10,7 @@ from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe, parse_recipe
 from infalign.recipe.baselines import baseline_name
 from infalign.testbed.toy import random_llama
+from tests.runs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -32,19 +32,6 @@ REWARDS = """
 def vowels(prompts, completions):
     return [sum(c in "aeiou" for c in text) + len(text) / 100 for text in completions]
 """
-
-
-class Recorder:
-    def __init__(self):
-        self.done = []
-
-    def say(self, text):
-        pass
-
-    @contextmanager
-    def stage(self, title):
-        self.done.append(title)
-        yield lambda done, total, text: None
 
 
 @pytest.fixture(scope="module")
