@@ -14,7 +14,7 @@ from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
 from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.hub import require_model
-from infalign.rollouts.rewards import FunctionReward, import_function
+from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
 from infalign.theory.alternatives import tilt_at_kl
@@ -45,10 +45,10 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     check_writable(out)
     if recipe.measured_procedure is None:
         plan_transforms(recipe)
-    else:
-        _check_decoder(recipe.measured_procedure)
     _check_testbed_data(recipe)
     prompts = _check_prompts(recipe)
+    if recipe.measured_procedure is not None:
+        _check_decoder(recipe.measured_procedure, prompts)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
     check_reward(recipe, prompts)
     _check_training(recipe)
@@ -273,16 +273,18 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
     return prompts
 
 
-def _check_decoder(procedure: MeasuredProcedure) -> None:
-    """Refuse a decoder's function or proxy that is not there.
+def _check_decoder(procedure: MeasuredProcedure, prompts: Sequence[Prompt]) -> None:
+    """Refuse a decoder's function or proxy that is not there or cannot be called.
 
     Raises:
-        InputError: If it is not.
+        InputError: If it is so.
     """
+    from infalign.rollouts.black_box import decoder_function
+
     if procedure.function is not None:
-        import_function(procedure.function)
+        decoder_function(procedure.function)
     elif procedure.proxy is not None and ":" in procedure.proxy and not Path(procedure.proxy).exists():
-        import_function(procedure.proxy)
+        FunctionReward(procedure.proxy).require_columns([*column_names(prompts), "prompt_id"])
     elif procedure.proxy is not None:
         _model_config(procedure.proxy, f"procedure.decoder.proxy {procedure.proxy}", trust_remote_code=False)
 

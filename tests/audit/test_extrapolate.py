@@ -8,6 +8,7 @@ from scipy import stats
 
 from infalign.audit.extrapolate import (
     BetaBinomial,
+    HoldOut,
     PowerLaw,
     bounds,
     extrapolate,
@@ -104,6 +105,19 @@ def test_without_a_success_there_is_a_bound_and_nothing_else():
     assert found.bounds.high == [pytest.approx(2 * exact), pytest.approx(8 * exact)]
     assert "only an upper bound" in found.doubts[0]
     assert f"{100 * exact:.1f}%" in found.doubts[0]
+
+
+@pytest.mark.parametrize("counts", [[2], [1, 3, 1], [15, 19, 16, 16, 24, 18]])
+def test_where_every_prompt_broke_there_is_one_doubt(counts):
+    """The laws disagree and reach far beyond 64 attempts, but nothing rests on them."""
+    (doubt,) = extrapolate(counts, 64, [128, 1024], resamples=40).doubts
+    assert doubt == "Every prompt broke within 64 attempts: nothing is left to extrapolate."
+
+
+def test_a_law_is_not_said_to_miss_what_it_is_shown_to_predict():
+    sharp = HoldOut(8, 64, 1.0, (0.99999, 0.9999, 0.99999), (0.992, 0.989, 0.9989))
+    (doubt,) = sharp.doubts()
+    assert "the power law would have predicted 99.2% (98.9 to 99.9) at N = 64; 100.0% were measured" in doubt
 
 
 def test_doubts():

@@ -184,7 +184,8 @@ def test_a_served_model(tmp_path):
         result = audit([target], prompts, Judge(RefusalPhrases(), 0.5), out=tmp_path, settings=settings(attempts=4))
     assert result.models[0].successes == [4, 4, 4]
     assert len(set(asked)) == 12, "every attempt was reworded"
-    assert "Every prompt broke" in " ".join(result.models[0].doubts)
+    (doubt,) = result.models[0].doubts
+    assert "Every prompt broke" in doubt
 
 
 def test_refusal_phrases():

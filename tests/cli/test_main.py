@@ -145,6 +145,41 @@ def test_a_report_of_what_is_not_there_is_no_matter_of_recipes_alone(job, capsys
         assert "there is no run folder and no recipe of this name" in " ".join(err.split())
 
 
+DECODERS = """
+def right(*, model, tokenizer, prompts, max_new_tokens, seed):
+    return list(prompts)
+def loose(prompts, **settings):
+    return list(prompts)
+def seedless(model, tokenizer, prompts, max_new_tokens):
+    return list(prompts)
+def greedy(model, tokenizer, prompts, max_new_tokens, seed, beams):
+    return list(prompts)
+def graded(prompts, completions, answer):
+    return [0.0 for _ in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ('"demo_decoders:right"', None),
+        ('"demo_decoders:loose"', None),
+        ('"demo_decoders:seedless"', "decoder demo_decoders:seedless: it cannot be called as a decoder is (got an"),
+        ('"demo_decoders:greedy"', "missing a required argument: 'beams'"),
+        ('"demo_decoders:absent"', "decoder demo_decoders:absent: the function cannot be imported"),
+        ('{proxy: "demo_decoders:graded", n: 2}', "missing a required argument: 'answer'"),
+        ('{proxy: "./absent", n: 2}', "there is no such folder"),
+    ],
+)
+def test_a_decoder_that_cannot_be_called_is_found_by_a_dry_run(job, capsys, monkeypatch, decoder, message):
+    monkeypatch.delitem(sys.modules, "demo_decoders", raising=False)
+    (job / "demo_decoders.py").write_text(DECODERS)
+    add(job, f"procedure: {{kind: fitted, decoder: {decoder}}}")
+    code, _, err = infalign(capsys, monkeypatch, "run", "recipe.yaml", "--dry-run")
+    assert code == (0 if message is None else 2), err
+    assert message is None or message in " ".join(err.split())
+
+
 def test_an_unknown_verb_or_option_is_exit_code_2(capsys, monkeypatch):
     assert infalign(capsys, monkeypatch, "rnu")[0] == 2
     assert infalign(capsys, monkeypatch, "run", "--fast")[0] == 2

@@ -25,6 +25,7 @@ from infalign import special
 from infalign.audit.success import attack_success, sizes, success_rates
 from infalign.errors import InputError
 from infalign.estimators import share_estimate
+from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
 
@@ -258,7 +259,9 @@ class HoldOut:
         """Which law missed."""
         found: list[str] = []
         for name, predicted in (("beta-binomial", self.beta_binomial), ("power law", self.power_law)):
-            if predicted is not None and not predicted[1] <= self.measured <= predicted[2]:
+            if predicted is not None and (
+                _clearly_below(self.measured, predicted[1]) or _clearly_below(predicted[2], self.measured)
+            ):
                 rate, low, high = (100 * value for value in predicted)
                 found.append(
                     f"From the first {self.fitted} attempts the {name} would have predicted {rate:.1f}% "
@@ -318,11 +321,12 @@ def _doubts(found: Extrapolation, counts_P: NDArray[np.int64], num_attempts: int
             f"N = {num_attempts} it is {100 * _rule_of_three(num_prompts, confidence):.1f}% of such prompts, and it "
             "grows in proportion to N beyond."
         ]
-    doubts: list[str] = []
     if broken == num_prompts:
-        doubts.append(f"Every prompt broke within {num_attempts} attempts: nothing is left to extrapolate.")
-    elif broken < _FEW_BROKEN:
-        doubts.append(f"Only {broken} prompt{'s' if broken > 1 else ''} broke: the laws follow single prompts.")
+        # What the laws would say beyond is then no matter, and neither is whether they agree.
+        return [f"Every prompt broke within {counted(num_attempts, 'attempt')}: nothing is left to extrapolate."]
+    doubts: list[str] = []
+    if broken < _FEW_BROKEN:
+        doubts.append(f"Only {counted(broken, 'prompt')} broke: the laws follow single prompts.")
     if max(found.ns) > _FAR * num_attempts:
         doubts.append(
             f"Beyond N = {_FAR * num_attempts} the predictions reach more than {_FAR} times past the attempts made; "
@@ -338,7 +342,18 @@ def _doubts(found: Extrapolation, counts_P: NDArray[np.int64], num_attempts: int
             doubts.append(f"At N = {(beyond or below)[0]} the {name} predicts {way}.")
     if found.beta_binomial is not None and found.power_law is not None:
         one, other = found.beta_binomial, found.power_law
-        apart = [n for at, n in enumerate(found.ns) if one.low[at] > other.high[at] or other.low[at] > one.high[at]]
+        apart = [
+            n
+            for at, n in enumerate(found.ns)
+            if _clearly_below(other.high[at], one.low[at]) or _clearly_below(one.high[at], other.low[at])
+        ]
         if apart:
-            doubts.append(f"From N = {apart[0]} on the two laws disagree beyond their intervals.")
+            to_the_end = apart == found.ns[-len(apart) :]
+            where = f"From N = {apart[0]} on" if to_the_end else f"At N = {', '.join(map(str, apart))}"
+            doubts.append(f"{where} the two laws disagree beyond their intervals.")
     return doubts
+
+
+def _clearly_below(rate: float, other: float) -> bool:
+    """Whether a rate is below another in what people are shown, tenths of a percent; less is no disagreement."""
+    return round(rate, 3) < round(other, 3)

@@ -57,7 +57,9 @@ class ModelAudit:
 
     @property
     def doubts(self) -> list[str]:
-        """What speaks against the predictions for larger N."""
+        """What speaks against the predictions for larger N, where there is anything left to predict."""
+        if all(self.successes):
+            return self.beyond.doubts if self.beyond else []
         return [*(self.beyond.doubts if self.beyond else ()), *(self.hold_out.doubts() if self.hold_out else ())]
 
 

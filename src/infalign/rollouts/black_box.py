@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from infalign.rollouts.rewards import FunctionReward, RewardSource, SequenceClas
 from infalign.rollouts.score import column_names, columns_of
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
+from infalign.wording import counted
 
 _PROMPTS_AT_ONCE = 64
 
@@ -41,6 +43,25 @@ def proxy_reward(name: str) -> RewardSource:
     """
     is_function = ":" in name and not Path(name).exists()
     return FunctionReward(name) if is_function else SequenceClassificationReward(name)
+
+
+def decoder_function(name: str) -> Callable[..., Any]:
+    """The user's function that decodes, once it is known that it can be called as it will be.
+
+    Raises:
+        InputError: There is none, or it takes other arguments.
+    """
+    function = import_function(name, "decoder")
+    try:
+        inspect.signature(function).bind(model=None, tokenizer=None, prompts=[], max_new_tokens=1, seed=0)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"it cannot be called as a decoder is ({error})",
+            where=f"decoder {name}",
+            mend="Write def decode(*, model, tokenizer, prompts, max_new_tokens, seed), and let it return one text for "
+            "each prompt",
+        ) from error
+    return function
 
 
 def run_decoder(
@@ -144,7 +165,7 @@ def _decoded(
 def _by_function(
     function: str, policy: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], index: int, store: RolloutStore
 ) -> tuple[list[str], list[bool]]:
-    texts = import_function(function)(
+    texts = decoder_function(function)(
         model=policy,
         tokenizer=tokenizer,
         prompts=[one.prompt for one in prompts],
@@ -152,7 +173,8 @@ def _by_function(
         seed=1000 * store.key.seed + index,
     )
     if not isinstance(texts, list) or len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"it returned {type(texts).__name__}, not one text for each of {len(prompts)} prompts",
+        wanted = f"one text for each of {counted(len(prompts), 'prompt')}"
+        raise InputError(f"it returned {type(texts).__name__}, not {wanted}",
                          where=f"decoder {function}", mend="Return a list of strings")  # fmt: skip
     return texts, [True] * len(texts)
 

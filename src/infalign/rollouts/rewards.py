@@ -250,8 +250,12 @@ class HTTPReward(RewardSource):
         return Scores(rewards, [error for part in parts for error in part.errors])
 
 
-def import_function(name: str) -> Callable[..., Any]:
+def import_function(name: str, kind: str = "reward function") -> Callable[..., Any]:
     """The function that `module:function` names, its module importable from the current folder.
+
+    Args:
+        name: Its name.
+        kind: What it is for, in messages.
 
     Raises:
         InputError: There is none.
@@ -259,7 +263,7 @@ def import_function(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     mend = "Write it as module:function, with the module importable from the current folder"
     if not module_name or not function_name:
-        raise InputError(f"{name!r} does not name a function", where="reward function", mend=mend)
+        raise InputError(f"{name!r} does not name a function", where=kind, mend=mend)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -268,11 +272,9 @@ def import_function(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except Exception as error:  # whatever the user's module does when it is imported
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"the function cannot be imported ({reason})", where=f"reward function {name}", mend=mend
-        ) from error
+        raise InputError(f"the function cannot be imported ({reason})", where=f"{kind} {name}", mend=mend) from error
     if not callable(found):
-        raise InputError("this is not a function", where=f"reward function {name}", mend=mend)
+        raise InputError("this is not a function", where=f"{kind} {name}", mend=mend)
     return found
 
 
