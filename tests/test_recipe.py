@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infalign.errors import InputError, StorageError
-from infalign.procedures import BestOfN, Standard
+from infalign.procedures import BestOfN, OrderStatistic, Standard, WorstOfN
 from infalign.recipe import load_recipe, named_transform, parse_recipe, transform_name
 from infalign.transforms import Exponential, Identity
 
@@ -28,6 +28,14 @@ def test_minimal_recipe_has_sane_defaults():
     assert recipe.transforms == ["optimal", "identity"]
     assert not recipe.policy.trust_remote_code
     assert not recipe.policy.allow_pickle
+
+
+@pytest.mark.parametrize(
+    ("name", "procedure"),
+    [("standard", Standard()), ("worst-of-8", WorstOfN(8)), ("3-of-5", OrderStatistic(k=3, n=5))],
+)
+def test_a_procedure_is_written_as_on_the_command_line(name, procedure):
+    assert parse(MINIMAL, f"procedure={name}").target_procedure == procedure
 
 
 def test_relative_paths_belong_to_the_recipes_folder(tmp_path):

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infalign.checks import check_writable
-from infalign.data import Prompt, PromptSet
-from infalign.errors import InputError, StorageError
+from infalign.data import PromptSet
+from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure
-from infalign.recipe import Recipe
 from infalign.report.build import build_report
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy, load_tokenizer
@@ -30,7 +29,8 @@ from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
-from infalign.run_folder import RECIPE, versions, write_json, write_text
+from infalign.run_folder import versions, write_json, write_text
+from infalign.stages.run import read_prompts, run_of
 from infalign.wording import counted, distinct
 
 
@@ -211,7 +211,7 @@ def _check_overlap(job: Job) -> Checked:
         else:
             runs.setdefault(run, []).append(candidate.label)
     for run, labels in runs.items():
-        seen = {prompt.id for prompt in read_prompts(run / "prompts" / "train.jsonl")}
+        seen = {prompt.id for prompt in read_prompts(run, "train")}
         overlap = [prompt for prompt in job.prompts if prompt.id in seen]
         if overlap:
             held_out = False
@@ -362,52 +362,6 @@ class _Evaluator:
 def _reward_name(job: Job) -> str:
     """What to call the reward beside the gold ones, whose names are the user's own."""
     return distinct([*job.gold, str(job.reward)])[-1]
-
-
-def recipe_of_run(run: Path) -> Recipe:
-    """The recipe that a run was made with.
-
-    Raises:
-        StorageError: If there is none.
-        InputError: If it is of another version.
-    """
-    path = run / RECIPE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"the run's recipe cannot be read ({error})",
-            where=str(path),
-            mend="Do `infalign calibrate` with its recipe; what is done already is kept",
-        ) from error
-    try:
-        return Recipe.model_validate(content)
-    except ValueError as error:
-        raise InputError(
-            f"the run's recipe is of another version ({error})", where=str(path), mend="Make the run again"
-        ) from error
-
-
-def run_of(model: str) -> Path | None:
-    """The run folder that a model lies in, if it does."""
-    path = Path(model).resolve()
-    return next((parent for parent in path.parents if (parent / "run.json").is_file()), None)
-
-
-def read_prompts(path: Path) -> PromptSet:
-    """The prompts that a run wrote down.
-
-    Raises:
-        StorageError: If they cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise StorageError(
-            f"the run's prompts cannot be read ({error.strerror})", where=str(path), mend="Is this a run folder?"
-        ) from error
-    rows = [json.loads(line) for line in lines if line]
-    return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
 
 
 def candidates_of_run(run: Path, *, checkpoints: bool) -> list[Candidate]:

@@ -95,7 +95,7 @@ def load_transformed_reward(
         reference policy and follows the policy whose responses it is shown, at the pace of the recipe's training.
 
     Raises:
-        InputError: If there is no such policy, or its `beta` is not positive.
+        InputError: If there is no such policy, its `beta` is not positive, or the run is of another version.
         MismatchError: If the reward is not the one that the run was calibrated with.
         StorageError: If the folder does not hold a calibrated run.
     """

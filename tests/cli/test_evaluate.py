@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import pytest
 
-from infalign.cli.main import main
 from infalign.testbed.toy import random_llama
+from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -45,15 +46,7 @@ def job(tmp_path_factory):
 def run(job, capsys, monkeypatch):
     """Exit code, stdout and stderr of one command in the job's folder."""
     monkeypatch.chdir(job)
-
-    def infalign(*arguments):
-        monkeypatch.setattr(sys, "argv", ["infalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return infalign
+    return partial(infalign, capsys, monkeypatch)
 
 
 COMMON = ("--reference", "base", "--reward", "eval_rewards:length", "--prompts", "prompts.jsonl", "--samples", 8)

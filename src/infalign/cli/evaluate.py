@@ -116,9 +116,10 @@ def evaluate_command(
     reporter.say("Loading libraries …")
     from infalign.model_evaluation import Job, candidates_of_run, evaluate_models
     from infalign.report.table import text_table
+    from infalign.stages.run import read_recipe
 
     silence_libraries()
-    made = None if run is None else _recipe_of(run)
+    made = None if run is None else read_recipe(run)
     candidates = [_candidate(given) for given in model or ()]
     if run is not None and (checkpoints or not candidates):
         candidates += candidates_of_run(run, checkpoints=checkpoints)
@@ -196,13 +197,6 @@ def _reward_section(given: str, *, gold: bool = False) -> Any:
         raise InputError(error.errors()[0]["msg"], where=f"{'--gold' if gold else '--reward'} {given}") from error
 
 
-def _recipe_of(run: Path) -> Recipe:
-    """The recipe that a run was made by."""
-    from infalign.model_evaluation import recipe_of_run
-
-    return recipe_of_run(run)
-
-
 def _reference(given: str | None, run: Path | None, made: Recipe | None) -> str:
     if given is not None:
         return given
@@ -225,7 +219,7 @@ def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
 
 def _prompts(given: Path | None, column: str, run: Path | None, reporter: ConsoleReporter) -> PromptSet:
     from infalign.data import load_prompts
-    from infalign.model_evaluation import read_prompts
+    from infalign.stages.run import read_prompts
 
     if given is not None:
         loaded = load_prompts(given, column)
@@ -234,4 +228,4 @@ def _prompts(given: Path | None, column: str, run: Path | None, reporter: Consol
         return loaded
     if run is None:
         raise InputError("there are no prompts", where="evaluate", mend="Give --prompts FILE")
-    return read_prompts(run / "prompts" / "evaluation.jsonl")
+    return read_prompts(run, "evaluation")

@@ -30,29 +30,25 @@ class Rows(Section):
     rejected: str = "rejected"
 
 
-class TinyReference(Section):
-    """Size and training of a reference policy trained from scratch; what is left out takes the testbed's default."""
+class TinyModel(Section):
+    """Size and training of a model of the testbed; what is left out takes the testbed's default.
+
+    A reward model of no size of its own has the reference's.
+    """
+
+    hidden_size: Count | None = None
+    num_layers: Count | None = None
+    num_heads: Count | None = None
+    max_length: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+
+
+class TinyReference(TinyModel):
+    """A reference policy trained from scratch."""
 
     vocab_size: Count | None = None
-    hidden_size: Count | None = None
-    num_layers: Count | None = None
-    num_heads: Count | None = None
-    max_length: Count | None = None
-    epochs: Count | None = None
-    batch_size: Count | None = None
-    learning_rate: Positive | None = None
-
-
-class TinyReward(Section):
-    """Training of a tiny reward model, and its size if not the reference's; what is left out takes the default."""
-
-    hidden_size: Count | None = None
-    num_layers: Count | None = None
-    num_heads: Count | None = None
-    max_length: Count | None = None
-    epochs: Count | None = None
-    batch_size: Count | None = None
-    learning_rate: Positive | None = None
 
 
 class Testbed(Section):
@@ -63,7 +59,7 @@ class Testbed(Section):
     preferences: list[Rows] = []
     held_out: Share = 0.1
     reference: TinyReference = TinyReference()
-    reward_model: TinyReward = TinyReward()
+    reward_model: TinyModel = TinyModel()
 
     @model_validator(mode="after")
     def _one_corpus(self) -> Testbed:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
@@ -77,9 +75,7 @@ class Run:
 
     def prompts(self, side: str) -> PromptSet:
         """The prompts of one side: `train` or `evaluation`."""
-        lines = (self.out / "prompts" / f"{side}.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-        return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+        return read_prompts(self.out, side)
 
     def store(self, folder: str) -> RolloutStore:
         """A rollout store of this run."""
@@ -105,6 +101,7 @@ def open_run(run_folder: str | Path) -> Run:
 
     Raises:
         StorageError: If the folder does not hold one.
+        InputError: If its recipe is of another version.
     """
     folder = Path(run_folder)
     if not (folder / "run.json").exists():
@@ -120,12 +117,51 @@ def open_run(run_folder: str | Path) -> Run:
             where=str(folder),
             mend="Do `infalign calibrate` with its recipe first; what is done already is kept",
         )
+    return Run(read_recipe(folder), folder, say=lambda text: None)
+
+
+def read_recipe(run_folder: Path) -> Recipe:
+    """The recipe that a calibrated run was made with.
+
+    Raises:
+        StorageError: If there is none.
+        InputError: If it is of another version.
+    """
+    path = run_folder / RECIPE
     try:
-        recipe = Recipe.model_validate(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise StorageError(
             f"the run's recipe cannot be read ({error})",
-            where=str(folder / RECIPE),
-            mend="Do `infalign calibrate` with its recipe again; what is done already is kept",
+            where=str(path),
+            mend="Do `infalign calibrate` with its recipe; what is done already is kept",
         ) from error
-    return Run(recipe, folder, say=lambda text: None)
+    try:
+        return Recipe.model_validate(content)
+    except ValueError as error:
+        raise InputError(
+            f"the run's recipe is of another version ({error})", where=str(path), mend="Make the run again"
+        ) from error
+
+
+def read_prompts(run_folder: Path, side: str) -> PromptSet:
+    """The prompts that a run wrote down for one side: `train` or `evaluation`.
+
+    Raises:
+        StorageError: If they cannot be read.
+    """
+    path = run_folder / "prompts" / f"{side}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise StorageError(
+            f"the run's prompts cannot be read ({error.strerror})", where=str(path), mend="Is this a run folder?"
+        ) from error
+    rows = [json.loads(line) for line in lines if line]
+    return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+
+
+def run_of(model: str) -> Path | None:
+    """The run folder that a model lies in, if it does."""
+    path = Path(model).resolve()
+    return next((parent for parent in path.parents if (parent / "run.json").is_file()), None)
