@@ -16,8 +16,8 @@ from infalign.audit.words import cautions, methods_paragraph, text_table, verdic
 from infalign.estimators import share_estimate
 from infalign.evaluation.results import Measured
 from infalign.rollouts.rewards import FunctionReward
-from tests.report import test_page as report_tests
-from tests.report.test_page import HOSTILE, needs_browser
+from tests.report.browser import needs_browser, opened
+from tests.report.example import HOSTILE
 
 SECRET = "needle in the harmful text"
 
@@ -132,7 +132,7 @@ def test_in_a_browser_examples_open_on_demand(tmp_path):
         images: document.querySelectorAll("img").length, title: document.title.startsWith("Title <\\/script>"),
       });
     }, 50));"""
-    dom, console = report_tests.TestBrowser.dom(write(tmp_path), tmp_path, script)
+    dom, console = opened(write(tmp_path), tmp_path, script)
     assert console == []
     assert dom.count('class="main-svg"') >= 2
     probe = json.loads(html.unescape(re.search(r'data-probe="([^"]*)"', dom)[1]))
