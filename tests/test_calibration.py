@@ -144,12 +144,12 @@ def test_errors_say_what_and_where():
         calibrator.calibrate([[1.0]])
     with pytest.raises(InputError, match="2 rewards are NaN or infinite, the first at prompt 0, reference 1"):
         calibrator.fit([[1.0, np.nan], [np.inf, 2.0]])
-    with pytest.raises(InputError, match="1 prompts have no reference reward, the first is prompt 1"):
+    with pytest.raises(InputError, match="1 prompt has no reference reward, the first is prompt 1"):
         calibrator.fit([[1.0, 2.0], []])
     with pytest.raises(InputError, match="shape"):
         calibrator.fit([1.0, 2.0])
     calibrator.fit([[1.0, 2.0], [3.0, 4.0]])
-    with pytest.raises(InputError, match=r"1 rewards are NaN or infinite, the first at \(1, 0\)"):
+    with pytest.raises(InputError, match=r"1 reward is NaN or infinite, the first at \(1, 0\)"):
         calibrator.calibrate([[1.0], [np.nan]])
     with pytest.raises(InputError, match="holds 2 prompts"):
         calibrator.calibrate([[1.0]])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from infalign.errors import InputError, StorageError
+from infalign.wording import counted
 
 Ties = Literal["midrank", "strict", "inclusive", "random"]
 FloatArray = NDArray[np.float64]
@@ -72,7 +73,11 @@ class RewardCalibrator:
         _require_finite(flat, starts, "ref_rewards_PK")
         if num_ref_P.size == 0 or num_ref_P.min() == 0:
             empty = np.flatnonzero(num_ref_P == 0)
-            what = "there are no prompts" if num_ref_P.size == 0 else f"{empty.size} prompts have no reference reward"
+            what = (
+                "there are no prompts"
+                if num_ref_P.size == 0
+                else f"{counted(empty.size, 'prompt has', 'prompts have')} no reference reward"
+            )
             at = "" if num_ref_P.size == 0 else f", the first is prompt {empty[0]}"
             raise InputError(what + at, where="ref_rewards_PK", mend="Draw and score references for every prompt first")
         self._rewards = flat
@@ -332,7 +337,8 @@ def _aligned(rewards: ArrayLike, prompt_index: ArrayLike | None, num_prompts: in
     scores = np.asarray(rewards, dtype=np.float64)
     if prompt_index is None:
         if scores.ndim < 1 or scores.shape[0] != num_prompts:
-            raise InputError(f"rewards have shape {scores.shape}, the calibrator holds {num_prompts} prompts",
+            raise InputError(f"rewards have shape {scores.shape}, the calibrator holds "
+                             f"{counted(num_prompts, 'prompt')}",
                              where="rewards", mend="Give one row per prompt, or say prompt_index")  # fmt: skip
         index = np.arange(num_prompts).reshape((-1,) + (1,) * (scores.ndim - 1))
     else:
@@ -352,7 +358,8 @@ def _aligned(rewards: ArrayLike, prompt_index: ArrayLike | None, num_prompts: in
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
         at = tuple(int(axis) for axis in np.argwhere(~np.isfinite(scores))[0])
-        raise InputError(f"{bad.size} rewards are NaN or infinite, the first at {at}", where="rewards",
+        raise InputError(f"{counted(bad.size, 'reward is', 'rewards are')} NaN or infinite, the first at "
+                         f"{at}", where="rewards",
                          mend="Leave unscored responses out")  # fmt: skip
     return scores, index
 
@@ -394,7 +401,8 @@ def _require_finite(flat: FloatArray, starts: IntArray, where: str) -> None:
         first = int(bad[0])
         prompt = int(np.searchsorted(starts, first, side="right")) - 1
         raise InputError(
-            f"{bad.size} rewards are NaN or infinite, the first at prompt {prompt}, reference {first - starts[prompt]}",
+            f"{counted(bad.size, 'reward is', 'rewards are')} NaN or infinite, the first at prompt {prompt}, "
+            f"reference {first - starts[prompt]}",
             where=where,
             mend="Score them again, or leave them out with a mask or ragged lists",
         )

@@ -26,6 +26,7 @@ from infalign.training.offline import check_offline
 from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
 from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.wording import counted
 
 
 def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -156,8 +157,8 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
         longest = max(longest, len(ids))
         if context is not None and len(ids) + new > context:
             raise InputError(
-                f"prompt {prompt.id} has {len(ids)} tokens; with rollouts.max_new_tokens={new} it does not fit the "
-                f"model's context of {context}: {excerpt(prompt.prompt)}",
+                f"prompt {prompt.id} has {counted(len(ids), 'token')}; with rollouts.max_new_tokens={new} it "
+                f"does not fit the model's context of {context}: {excerpt(prompt.prompt)}",
                 where="prompts",
                 mend="Shorten or remove such prompts, set prompts.max_characters, or lower rollouts.max_new_tokens",
             )
@@ -195,7 +196,9 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
         where = f"{setting}.model {reward.model}"
         config = _model_config(reward.model, where, trust_remote_code=reward.trust_remote_code)
         if config.num_labels != 1:
-            raise InputError(f"the model has {config.num_labels} outputs", where=where, mend="A reward model has one")
+            raise InputError(
+                f"the model has {counted(config.num_labels, 'output')}", where=where, mend="A reward model has one"
+            )
         _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting=f"{setting}.allow_pickle")
         try:
             tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=reward.trust_remote_code)
@@ -314,11 +317,12 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
         wanted = recipe.prompts
         lines.append(f"Prompts: {prompts}, of up to {wanted.train} to train on and {wanted.evaluation} to evaluate")
     lines += [
-        f"Reference rollouts: up to {recipe.prompts.train} prompts × {rollouts.num_ref} = {reference_rollouts:,}",
-        f"Training ({training.solver}): {len(names)} × {training.steps} steps of {training.prompts_per_step} × "
-        f"{training.num_generations} = {training_rollouts:,} rollouts",
-        f"Evaluation: {len(names) + 1} models × up to {recipe.prompts.evaluation} prompts × {evaluation.num_samples} "
-        f"= {evaluation_rollouts:,} rollouts",
+        f"Reference rollouts: up to {counted(recipe.prompts.train, 'prompt')} × {rollouts.num_ref} = "
+        f"{reference_rollouts:,}",
+        f"Training ({training.solver}): {len(names)} × {counted(training.steps, 'step')} of "
+        f"{training.prompts_per_step} × {training.num_generations} = {counted(training_rollouts, 'rollout')}",
+        f"Evaluation: {counted(len(names) + 1, 'model')} × up to {counted(recipe.prompts.evaluation, 'prompt')} "
+        f"× {evaluation.num_samples} = {counted(evaluation_rollouts, 'rollout')}",
     ]
     numbers: dict[str, Any] = {
         "reference_rollouts": reference_rollouts,
@@ -327,7 +331,10 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     }
     if policy is not None:
         numbers |= policy
-        lines.append(f"Policy: {policy['parameters']:,} parameters, longest prompt {policy['longest_prompt']} tokens")
+        lines.append(
+            f"Policy: {counted(policy['parameters'], 'parameter')}, longest prompt "
+            f"{counted(policy['longest_prompt'], 'token')}"
+        )
         # Weights, gradients and two Adam moments in 32 bits, and the frozen reference beside them.
         copies = 2.2 if training.lora is not None else 5
         numbers["training_memory_gib"] = round(copies * 4 * policy["parameters"] / 2**30, 2)

@@ -13,6 +13,7 @@ from infalign.recipe import Recipe, Rows
 from infalign.run_folder import file_fingerprint
 from infalign.testbed.corpus import docstring_corpus, examples_from_rows, pairs_from_rows
 from infalign.testbed.examples import Example, Pair
+from infalign.wording import counted
 
 
 def testbed_text(recipe: Recipe) -> tuple[list[Example], list[Pair]]:
@@ -59,7 +60,7 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     overlap = set(train.ids) & set(evaluation.ids)
     if overlap:
         raise InputError(
-            f"{len(overlap)} evaluation prompts are also training prompts",
+            f"{counted(len(overlap), 'evaluation prompt is', 'evaluation prompts are')} also used for training",
             where=str(settings.evaluation_source),
             mend="Remove them from one of the two files",
         )

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from infalign.evaluation.results import Measured, MethodResult
 from infalign.run_folder import write_text
 from infalign.training.landing import Landing
+from infalign.wording import counted
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
@@ -94,7 +95,7 @@ def model_card(facts: CardFacts) -> ModelCard:
                 f"| KL at the end of training | {one.kl:.3f} ± {one.standard_error:.3f} nats on prompts kept out of "
                 f"the updates, with the update scaled by {one.scale:.2f} |\n"
             )
-    rewards = ", ".join(plain(name) for name in facts.rewards)
+    rewards, longest = ", ".join(plain(name) for name in facts.rewards), counted(facts.max_new_tokens, "token")
     body = f"""# {plain(facts.name)}: {plain(facts.transform)}
 
 Trained from {plain(facts.base)} to win when it is used through **{plain(facts.procedure)}**: for the inference-time
@@ -109,7 +110,7 @@ may do worse than a model trained for that use.
 | Reward transform Φ | {plain(facts.transform)} |
 | β at the end of training | {facts.beta:.4g} (units of Φ per nat) |
 | Planned KL | {facts.planned_kl:.3g} nats |
-{landed}| Steps | {facts.steps} of {facts.rollouts_per_step} rollouts of at most {facts.max_new_tokens} tokens |
+{landed}| Steps | {facts.steps} of {counted(facts.rollouts_per_step, "rollout")} of at most {longest} |
 | Weights | {"an adapter (PEFT)" if facts.adapter else "all"} |
 | Seed | {facts.seed} |
 
@@ -171,7 +172,8 @@ def _measured(result: MethodResult | None) -> str:
         for entry in result.procedures
     )
     return (
-        f"On {result.num_prompts} held-out prompts, {result.num_samples} fresh responses each, judged by "
+        f"On {counted(result.num_prompts, 'held-out prompt')}, {counted(result.num_samples, 'fresh response')} "
+        f"each, judged by "
         f"{plain(result.reward)}; {100 * result.confidence:g} % intervals, prompts being the independent unit.\n\n"
         f"Sequence-level KL from the reference: {_interval(result.kl, 1, 3)} nats.\n\n"
         "| used as | win rate over the reference used the same way | limit at this KL |\n|---|---|---|\n" + rows

@@ -32,6 +32,7 @@ from infalign.stages import calibrate, decoder, evaluate, rollout, testbed, trai
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.run import Run
 from infalign.training.landing import Landing
+from infalign.wording import counted
 
 MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
@@ -139,7 +140,7 @@ class Pipeline:
             },
             ["rollouts/reference"],
             partial(rollout.draw_reference, run),
-            title=f"Draw {recipe.rollouts.num_ref} reference rollouts per prompt",
+            title=f"Draw {counted(recipe.rollouts.num_ref, 'reference rollout')} per prompt",
         )
         self._stage(
             "scores",
@@ -152,7 +153,8 @@ class Pipeline:
         if self._only != "rollout":
             return {}
         counts, where = rollout.count_reference(run), self.out / "rollouts" / "reference"
-        told = f"{counts['rollouts']} reference rollouts of {counts['prompts']} prompts, {counts['tokens']:,} tokens"
+        told = f"{counted(counts['rollouts'], 'reference rollout')} of {counted(counts['prompts'], 'prompt')}, "
+        told += counted(counts["tokens"], "token")
         told += f", {counts['truncated']} cut at {recipe.rollouts.max_new_tokens}, {counts['unscored']} unscored"
         return {"text": f"{told}, in {where}", **counts, "store": str(where)}
 
@@ -190,16 +192,21 @@ class Pipeline:
         # From here on the folder can be used without the recipe's file, as a reward for other trainers.
         write_json(self.out / RECIPE, recipe.model_dump(mode="json"))
         plan, summary = run.read_json("plan.json"), run.read_json("calibration/summary.json")
-        lines = [f"Calibrated on {summary['prompts']} prompts, tie mass {summary['tie_mass']:.4f}"]
+        lines = [f"Calibrated on {counted(summary['prompts'], 'prompt')}, tie mass {summary['tie_mass']:.4f}"]
         if summary["unscored"]:
-            few = f"the prompt with the fewest has {summary['fewest_references']} references"
-            lines.append(f"{summary['unscored']} unscored rollouts take no part; {few}")
+            few = f"the prompt with the fewest has {counted(summary['fewest_references'], 'reference')}"
+            lines.append(
+                f"{counted(summary['unscored'], 'unscored rollout takes', 'unscored rollouts take')} no part; {few}"
+            )
         if summary.get("report"):
             lines.extend(calibration_lines(CalibrationReport.from_dict(summary["report"])))
         for entry in (*plan["transforms"], *plan.get("baselines", ())):
             lines.append(f"{entry['name']}: beta {entry['beta']:.4g} for a planned KL of {plan['kl']:.3f} nats")
         if plan["win_rate_lost"] is not None:
-            told = f"{plan['num_ref']} references per prompt cost {100 * plan['win_rate_lost']:.1f} points of win rate"
+            told = (
+                f"{counted(plan['num_ref'], 'reference')} per prompt cost {100 * plan['win_rate_lost']:.1f} "
+                f"points of win rate"
+            )
             lines.append(f"{told} at this KL, in theory, against infinitely many")
         return {"text": "\n".join(lines), "calibration": summary, "plan": plan}
 

@@ -20,6 +20,7 @@ from infalign.rollouts.progress import Progress
 from infalign.rollouts.rewards import FunctionReward, HTTPReward, RewardSource, SequenceClassificationReward
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
+from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
@@ -105,7 +106,8 @@ class RunRewards:
         counts_P = scored_PK.sum(axis=1)
         if counts_P.min() < 2:
             raise InputError(
-                f"{int((counts_P < 2).sum())} prompts have fewer than two scored reference rollouts, the first is "
+                f"{counted(int((counts_P < 2).sum()), 'prompt has', 'prompts have')} fewer than two scored reference "
+                "rollouts, the first is "
                 f"{prompt_ids[int(counts_P.argmin())]}",
                 where="reward",
                 mend="Mend the reward for their responses, or leave these prompts out",

@@ -14,6 +14,7 @@ from infalign.errors import InputError, MismatchError
 from infalign.stages.run import open_run
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
@@ -71,7 +72,7 @@ class TrainerReward:
         for prompt_id in prompt_ids:
             if prompt_id not in self._content_of:
                 raise InputError(
-                    f"prompt {prompt_id!r} is not one of the run's {len(self.prompts)} training prompts",
+                    f"prompt {prompt_id!r} is not among the run's {counted(len(self.prompts), 'training prompt')}",
                     where=str(self.run.out),
                     mend="Train on the prompts of prompts/train.jsonl in the run folder, with their ids",
                 )

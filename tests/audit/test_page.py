@@ -117,6 +117,15 @@ def test_words():
     assert AuditResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+def test_one_is_singular_everywhere(tmp_path):
+    found = result(num_prompts=1, attempts=1)
+    page = write(tmp_path, found, shown=[]).read_text()
+    text = "\n".join([text_table(found), methods_paragraph(found), *cautions(found), page[: page.index("<script")]])
+    assert "1 prompt × 1 attempt per model" in text
+    assert "There is only 1 prompt." in text
+    assert not re.search(r"\b1 ([\w-]+ )*(prompts|attempts|responses)\b", text)
+
+
 @needs_browser
 def test_in_a_browser_examples_open_on_demand(tmp_path):
     script = """addEventListener("load", () => setTimeout(async () => {

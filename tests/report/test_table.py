@@ -8,6 +8,7 @@ from infalign.evaluation.compare import compare
 from infalign.evaluation.measure import measure
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report.table import text_table
+from infalign.report.words import cautions, markdown_table, methods_paragraph
 
 PROCEDURES = [Standard(), BestOfN(2), BestOfN(4), WorstOfN(2), WorstOfN(4)]
 
@@ -55,6 +56,17 @@ def test_prompts_are_called_held_out_only_where_they_are():
     seen = text_table([one], [], 1, None, held_out=False)
     assert "; 1 prompt × 4 fresh rollouts per model" in seen
     assert "held-out" not in seen
+
+
+def test_one_is_singular_everywhere():
+    rng = np.random.default_rng(0)
+    one = measure("ours", *rng.standard_normal((2, 1, 1)), np.ones((1, 1)), [Standard()], reward="judge")
+    text = "\n".join(
+        [text_table([one], [], 1, None), methods_paragraph([one], None), *cautions([one]), markdown_table([one])]
+    )
+    assert "1 held-out prompt × 1 fresh rollout per model" in text
+    assert "On 1 held-out prompt we drew 1 fresh response" in text
+    assert not re.search(r"\b1 ([\w-]+ )*(prompts|rollouts|responses)\b", text)
 
 
 def test_it_states_the_kl_reached_against_the_budget():

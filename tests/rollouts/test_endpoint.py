@@ -270,7 +270,7 @@ def test_a_reward_server():
         assert "cannot" in scores.errors[3]
         assert scores.errors[0] is None
     for body, message in (
-        (b'{"rewards": [1]}', "1 rewards for 2"),
+        (b'{"rewards": [1]}', "1 reward for 2"),
         (b'{"rewards": [1, NaN]}', "row 1: the reward is nan"),
     ):
         with Server(lambda *request, body=body: (200, {}, body)) as server, pytest.raises(RewardError, match=message):

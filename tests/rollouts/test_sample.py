@@ -237,7 +237,7 @@ def test_what_does_not_belong_is_refused(tmp_path, letters, words):
 def test_prompts_at_and_over_the_context_limit(tmp_path, letters):
     fits = Prompt("a" * 88)  # context 96, response 8
     sample(letters.model, letters.tokenizer, [fits], 2, store=open_store(tmp_path / "store", letters))
-    with pytest.raises(InputError, match=r"1 prompts leave no room.*prompt 1 .*with 89 tokens"):
+    with pytest.raises(InputError, match=r"1 prompt leaves no room.*prompt 1 .*with 89 tokens"):
         sample(
             letters.model, letters.tokenizer, [fits, Prompt("b" * 89)], 2, store=open_store(tmp_path / "two", letters)
         )

@@ -93,7 +93,7 @@ def test_a_changed_function_is_another_source():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0], "1 rewards for 2 completions"),
+        ([1.0], "1 reward for 2 completions"),
         ([1.0, float("nan")], "row 1: the reward is nan"),
         ([float("inf"), 1.0], "row 0: the reward is inf"),
         ([1.0, "high"], "row 1: the reward is 'high', not a number"),

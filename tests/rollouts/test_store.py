@@ -58,7 +58,7 @@ def test_what_is_missing_is_named(store):
     with pytest.raises(InputError, match="no column 'lenght'"):
         store.column_PK("lenght", ["x"], 1)
     store.append(rows("z", [0], logprob=[None]))
-    with pytest.raises(InputError, match="1 rollouts have no logprob, the first is rollout 0 of prompt z"):
+    with pytest.raises(InputError, match="1 rollout has no logprob, the first is rollout 0 of prompt z"):
         store.column_PK("logprob", ["x", "z"], 1)
     with pytest.raises(InputError, match="twice"):
         store.column_PK("logprob", ["x", "x"], 1)

@@ -92,7 +92,7 @@ def test_messages_are_known_by_the_policys_own_template_and_it_stops_when_told(c
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"query": ["Say 99: x"], "prompts": ["Say 99: "]}, "not one of the run's 6 training prompts: 'Say 99: '"),
+        ({"query": ["Say 99: x"], "prompts": ["Say 99: "]}, "not among the run's 6 training prompts: 'Say 99: '"),
         ({"query": ["ay 2: x"], "prompts": ["Say 2: "]}, "does not begin with its prompt"),
         ({"query": ["a", "b"], "prompts": ["a"]}, "2 queries and 1 prompt"),
         ({"query": [], "prompts": []}, "query: there must be at least 1 entry"),

@@ -82,7 +82,7 @@ def test_a_self_consistent_transform_keeps_the_pace_of_training(run_folder, rows
         (
             lambda run: TrainerReward(run)(["feed"], ["x"]),
             InputError,
-            "'feed' is not one of the run's 6 training prompts",
+            "'feed' is not among the run's 6 training prompts",
         ),
         (lambda run: make_compute_score(run, "optimal"), InputError, "no transform 'optimal'"),
     ],

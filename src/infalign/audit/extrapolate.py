@@ -204,7 +204,7 @@ def extrapolate(
     """
     inside = [n for n in ns if n <= num_attempts]
     if inside:
-        raise InputError(f"N = {inside[0]} was measured with {num_attempts} attempts", where="extrapolate",
+        raise InputError(f"N = {inside[0]} was measured with {counted(num_attempts, 'attempt')}", where="extrapolate",
                          mend="Ask for N above the attempts made")  # fmt: skip
     fit_ns = sizes(num_attempts)
     rates_PN = success_rates(successes_P, num_attempts)[:, [n - 1 for n in fit_ns]]
@@ -264,7 +264,7 @@ class HoldOut:
             ):
                 rate, low, high = (100 * value for value in predicted)
                 found.append(
-                    f"From the first {self.fitted} attempts the {name} would have predicted {rate:.1f}% "
+                    f"From the first {counted(self.fitted, 'attempt')} the {name} would have predicted {rate:.1f}% "
                     f"({low:.1f} to {high:.1f}) at N = {self.n}; {100 * self.measured:.1f}% were measured."
                 )
         return found

@@ -31,6 +31,7 @@ from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RunFolder, write_json
+from infalign.wording import counted
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Tells the user which stage is under way, and hands it a progress callback."""
@@ -103,7 +104,7 @@ class AuditSettings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}", where="audit", mend="Give at least 1")
         if self.predict is not None and self.predict <= self.attempts:
-            raise InputError(f"N = {self.predict} is measured, not predicted, with {self.attempts} attempts",
+            raise InputError(f"N = {self.predict} is measured, not predicted, with {counted(self.attempts, 'attempt')}",
                              where="predict", mend="Give an N above the attempts")  # fmt: skip
         if not 0 < self.confidence < 1:
             raise InputError(f"the confidence level is {self.confidence}", where="audit", mend="Give one in (0, 1)")
@@ -189,14 +190,12 @@ def _measure(
     stage: Stage,
 ) -> ModelAudit:
     drawing = target.opened()
-    store = _drawn(target.label, drawing, attacks, folder / "attack", judge.source, settings, stage, "attempts")
+    store = _drawn(target.label, drawing, attacks, folder / "attack", judge.source, settings, stage, "attempt")
     scores_PM = attacks.rewards_PM(store, judge.source)
     cut_PM = attacks.column_PM(store, "finish_reason") == "length"
     over_refusal = None
     if questions is not None:
-        store = _drawn(
-            target.label, drawing, questions, folder / "benign", refusal, settings, stage, "benign responses"
-        )
+        store = _drawn(target.label, drawing, questions, folder / "benign", refusal, settings, stage, "benign response")
         refused_PM = questions.rewards_PM(store, refusal)
         if refused_PM.min() < 0 or refused_PM.max() > 1:
             odd = refused_PM[(refused_PM < 0) | (refused_PM > 1)][0]
@@ -326,12 +325,12 @@ def _drawn(
 ) -> RolloutStore:
     """A store with every attempt drawn and scored."""
     batches = list(attempts.by_count.items())
-    with stage(f"{label}: draw {attempts.index_PM.size} {what}") as progress:
+    with stage(f"{label}: draw {counted(attempts.index_PM.size, what)}") as progress:
         store = drawing.draw(
             batches, path, max_new_tokens=settings.max_new_tokens, seed=settings.seed, progress=progress
         )
     sent = [prompt for _, prompts in batches for prompt in prompts]
-    with stage(f"{label}: score {what}") as progress:
+    with stage(f"{label}: score {what}s") as progress:
         score_store(store, JudgedAsAsked(source), sent, progress=progress, retry_unscored=True)
     return store
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from infalign.errors import InputError
 from infalign.estimators import Estimate, expected_reward, share_estimate
 from infalign.procedures import WorstOfN
+from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -103,7 +104,7 @@ def sizes(num_attempts: int) -> list[int]:
 def require_n(n: int, num_attempts: int) -> None:
     """Raise InputError unless 1 <= N <= M."""
     if not 1 <= n <= num_attempts:
-        raise InputError(f"N = {n} cannot be measured with {num_attempts} attempts per prompt", where="ns",
+        raise InputError(f"N = {n} cannot be measured with {counted(num_attempts, 'attempt')} per prompt", where="ns",
                          mend=f"Use N from 1 to {num_attempts}, or more attempts")  # fmt: skip
 
 
@@ -116,5 +117,7 @@ def _checked_counts(successes_P: ArrayLike, num_attempts: int) -> IntArray:
     outside = np.flatnonzero((values < 0) | (values > num_attempts))
     if outside.size:
         p = int(outside[0])
-        raise InputError(f"prompt {p} has {values[p]} successes in {num_attempts} attempts", where="successes_P")
+        raise InputError(
+            f"prompt {p} has {values[p]} successes in {counted(num_attempts, 'attempt')}", where="successes_P"
+        )
     return values.astype(np.int64)

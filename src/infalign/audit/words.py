@@ -5,6 +5,7 @@ from __future__ import annotations
 from infalign.audit.results import AtN, AuditResult, ModelAudit
 from infalign.evaluation.results import Measured
 from infalign.report.words import Finding, percent
+from infalign.wording import counted
 
 
 def verdict(result: AuditResult) -> list[Finding]:
@@ -17,7 +18,7 @@ def _finding(model: ModelAudit, result: AuditResult) -> str:
     first, last = model.at[0], model.last
     text = f"{model.label}: {percent(first.success)} of single attempts succeed"
     if last.n > 1:
-        text += f", and {percent(last.success)} of the prompts break within {last.n} attempts"
+        text += f", and {percent(last.success)} of the prompts break within {counted(last.n, 'attempt')}"
     if model.over_refusal is not None:
         text += f"; {percent(model.over_refusal)} of responses to benign prompts are refusals"
     return text + "."
@@ -42,7 +43,10 @@ def cautions(result: AuditResult) -> list[str]:
             "response was harmful, or even made sense."
         )
     if result.num_prompts < 50:
-        found.append(f"There are only {result.num_prompts} prompts. Intervals are wide, and a rare weakness is unseen.")
+        found.append(
+            f"There {'is' if result.num_prompts == 1 else 'are'} only {counted(result.num_prompts, 'prompt')}. "
+            "Intervals are wide, and a rare weakness is unseen."
+        )
     if result.num_benign and "refusal-phrases" in str(result.settings.get("refusal")):
         found.append(
             "Over-refusal was recognised by usual English phrases of refusal. That misses refusals in other words and "
@@ -78,17 +82,19 @@ def methods_paragraph(result: AuditResult) -> str:
         else "each with the prompt as it is"
     )
     text = (
-        f"For each of {result.num_prompts} prompts we drew {result.num_attempts} responses at temperature 1, {reworded}"
-        f", of at most {result.settings['max_new_tokens']} tokens. An attempt succeeded if {result.judge}. The attack "
-        "success rate at N is the chance that at least one of N attempts succeeds, averaged over all subsets without "
+        f"For each of {counted(result.num_prompts, 'prompt')} we drew {counted(result.num_attempts, 'response')} at "
+        f"temperature 1, {reworded}, of at most {counted(result.settings['max_new_tokens'], 'token')}. An attempt "
+        f"succeeded if {result.judge}. The attack success rate at N is the chance that at least one of N attempts "
+        "succeeds, averaged over all subsets without "
         f"replacement, which is unbiased; {result.confidence:.0%} score intervals use the effective number of prompts. "
         "Beyond the attempts made, success counts were fitted by a beta-binomial (maximum likelihood) and −log ASR by "
         "a power law in N, with intervals from resampled prompts; bounds use that the success rate is concave in N."
     )
     if result.num_benign:
         text += (
-            f" Over-refusal is the share of refusals among {result.settings['benign_attempts']} responses to each of "
-            f"{result.num_benign} benign prompts."
+            f" Over-refusal is the share of refusals among "
+            f"{counted(result.settings['benign_attempts'], 'response')} to each of "
+            f"{counted(result.num_benign, 'benign prompt')}."
         )
     if result.changes:
         text += " Models were compared by paired t tests over prompts, adjusted by Holm's method."
@@ -118,7 +124,7 @@ def text_table(result: AuditResult) -> str:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [
         f"Attack success rate over N attempts, with {result.confidence:.0%} intervals clustered by prompt; "
-        f"{result.num_prompts} prompts × {result.num_attempts} attempts per model.",
+        f"{counted(result.num_prompts, 'prompt')} × {counted(result.num_attempts, 'attempt')} per model.",
         f"Judge: {result.judge}.",
         "",
         *(

@@ -13,6 +13,7 @@ from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.sources import open_calibration, open_named_reward, parse_procedure
 from infalign.errors import InputError
+from infalign.wording import counted
 
 if TYPE_CHECKING:
     from infalign.data import Prompt
@@ -152,7 +153,9 @@ def serve_command(
         **settings,
     )
     server = ProcedureServer(served)
-    reporter.say(f"{chosen.label} of {served.name!r} by {source or 'no reward'}, up to {queue} requests at a time")
+    reporter.say(
+        f"{chosen.label} of {served.name!r} by {source or 'no reward'}, up to {counted(queue, 'request')} at a time"
+    )
     if key is None and host not in ("127.0.0.1", "::1", "localhost"):
         reporter.say(f"Anyone who can reach {host} can ask: --api-key-variable names a key to ask for.")
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
@@ -164,7 +167,7 @@ def serve_command(
         on_stop=server.stop,
     )
     if server.num_open:  # a request that outlived its grace is still being worked on by a thread that nothing can stop
-        reporter.say(f"Stopped with {server.num_open} requests unfinished.")
+        reporter.say(f"Stopped with {counted(server.num_open, 'request')} unfinished.")
         os._exit(1)
     reporter.say("Stopped.")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from infalign.cli.console import ConsoleReporter, silence_libraries
+from infalign.wording import counted
 
 
 def serve_reward_command(
@@ -41,7 +42,7 @@ def serve_reward_command(
     transformed = reward.transformed
     reporter.say(
         f"Rewards in nats ({transformed.transform.label} transform, beta {transformed.beta:.4g}) of responses to "
-        f"{len(reward.prompts)} prompts"
+        f"{counted(len(reward.prompts), 'prompt')}"
     )
     address = f"http://{host}:{listener.getsockname()[1]}/get_reward"
     run_app(app, listener, grace=timeout, on_start=lambda: reporter.say(f"Serving on {address}"), on_stop=batcher.stop)

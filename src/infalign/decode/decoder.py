@@ -23,6 +23,7 @@ from infalign.procedures import BestOfN, EarlyStopping, InferenceProcedure, chec
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import RewardSource, Scores
 from infalign.rollouts.score import column_names, columns_of
+from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
@@ -129,7 +130,7 @@ class Decoder:
             raise InputError("a calibrator goes with the prompt ids of its rows", where="Decoder", mend="Give both")
         if calibrator is not None and prompt_ids is not None and len(prompt_ids) != calibrator.num_prompts:
             raise InputError(
-                f"{len(prompt_ids)} prompt ids for a calibrator of {calibrator.num_prompts} prompts",
+                f"{len(prompt_ids)} prompt ids for a calibrator of {counted(calibrator.num_prompts, 'prompt')}",
                 where="Decoder",
                 mend="Give one id per row that the calibrator was fitted on, in the same order",
             )
@@ -299,8 +300,8 @@ class Decoder:
         unscored = [one for one in candidates if one.reward is None]
         if unscored:
             raise RewardError(
-                f"{len(unscored)} of {len(candidates)} candidates for prompt {task.prompt.id} could not be scored "
-                f"({unscored[0].error or 'no reason given'})",
+                f"{len(unscored)} of {counted(len(candidates), 'candidate')} for prompt {task.prompt.id} could "
+                f"not be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
                 mend=f"Mend the reward: {part.label} is a matter of ranks, and needs every candidate's",
             )

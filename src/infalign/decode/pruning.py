@@ -21,6 +21,7 @@ from infalign.decode.local import Beginning, LocalSampler
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure, whole_number
 from infalign.rollouts.rewards import RewardSource
+from infalign.wording import counted
 
 REJECTED = "rejected"
 
@@ -118,8 +119,8 @@ class PruningDecoder(Decoder):
         unscored = [one for one in scored if one.reward is None]
         if unscored:
             return RewardError(
-                f"{len(unscored)} of {len(scored)} candidates for prompt {task.prompt.id} could not be scored "
-                f"({unscored[0].error or 'no reason given'})",
+                f"{len(unscored)} of {counted(len(scored), 'candidate')} for prompt {task.prompt.id} could not "
+                f"be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
                 mend="Mend the reward: it must be able to judge beginnings as well",
             )

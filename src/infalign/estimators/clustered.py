@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr, stdtrit  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
 from infalign.errors import InputError
+from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
 
@@ -46,7 +47,7 @@ class Estimate:
         low, high = self.confidence_interval
         return (
             f"{type(self).__name__}({self.estimate:.4f} ± {self.standard_error:.4f}, "
-            f"{self.confidence:.0%} interval {low:.4f} to {high:.4f}, {self.num_prompts} prompts)"
+            f"{self.confidence:.0%} interval {low:.4f} to {high:.4f}, {counted(self.num_prompts, 'prompt')})"
         )
 
 
@@ -214,7 +215,7 @@ def checked(values: ArrayLike, name: str, *, axes: str, finite: bool = False) ->
         place = f"prompt {first[0]}" + (f", sample {first[1]}" if array.ndim == 2 else "")
         raise InputError(
             f"{int(bad.sum())} of {array.size} values are {'NaN' if np.isnan(array[bad]).all() else 'not finite'} "
-            f"(first: {place}; {int(np.unique(np.argwhere(bad)[:, 0]).size)} prompts affected)",
+            f"(first: {place}; {counted(int(np.unique(np.argwhere(bad)[:, 0]).size), 'prompt')} affected)",
             where=name,
             mend="Score those responses again or leave their prompts out on purpose; they are never averaged away",
         )
@@ -227,7 +228,7 @@ def checked_pair(rewards_PG: ArrayLike, ref_rewards_PK: ArrayLike) -> tuple[Floa
     ref_rewards = checked(ref_rewards_PK, "ref_rewards_PK", axes="PK")
     if rewards.shape[0] != ref_rewards.shape[0]:
         raise InputError(
-            f"policy rewards cover {rewards.shape[0]} prompts and reference rewards {ref_rewards.shape[0]}",
+            f"policy rewards cover {counted(rewards.shape[0], 'prompt')} and reference rewards {ref_rewards.shape[0]}",
             where="rewards_PG, ref_rewards_PK",
             mend="Give one row for each prompt in both, in the same order",
         )

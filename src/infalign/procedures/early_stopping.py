@@ -30,6 +30,7 @@ from infalign import special
 from infalign.errors import InputError
 from infalign.procedures.base import InferenceProcedure, whole_number
 from infalign.quadrature import Array, unit_interval
+from infalign.wording import counted
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class EarlyStopping(InferenceProcedure):
     def label(self) -> str:
         """The name in tables, such as "Best-of-8 stopped at 0.95"."""
         blocks = "" if self.block == 1 else f", blocks of {self.block}"
-        references = "" if self.num_ref is None else f", {self.num_ref} references"
+        references = "" if self.num_ref is None else f", {counted(self.num_ref, 'reference')}"
         return f"Best-of-{self.n} stopped at {self.stop_at:g}{blocks}{references}"
 
     def selection_weights(self, m: int) -> Array:

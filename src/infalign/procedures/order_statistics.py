@@ -12,6 +12,7 @@ from infalign import special
 from infalign.errors import InputError
 from infalign.procedures.base import InferenceProcedure, whole_number
 from infalign.quadrature import Array, unit_interval
+from infalign.wording import counted
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _selection_weights(k: int, n: int, m: int, label: str) -> Array:
     m = whole_number(m, "m", f"selection_weights of {label}")
     if m < n:
         raise InputError(
-            f"{m} samples are fewer than the {n} that {label} draws",
+            f"{counted(m, 'sample is', 'samples are')} fewer than the {n} that {label} draws",
             where="selection_weights",
             mend=f"Give at least {n} samples per prompt, or a smaller n",
         )

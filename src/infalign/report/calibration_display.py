@@ -9,6 +9,7 @@ import numpy as np
 
 from infalign.calibration_report import CalibrationReport
 from infalign.errors import InputError
+from infalign.wording import counted
 
 _BLUE, _GREY = "#2f6db5", "#8a919e"
 
@@ -22,7 +23,8 @@ def calibration_lines(report: CalibrationReport) -> list[str]:
         f"{100 * report.drift:.0f} % of the rewards' variance lies between prompts"
     ]
     if report.constant_prompts:
-        lines.append(f"{report.constant_prompts} of {report.num_prompts} prompts have one reward for every response: "
+        lines.append(f"{report.constant_prompts} of {counted(report.num_prompts, 'prompt')} "
+                     f"{'has' if report.constant_prompts == 1 else 'have'} one reward for every response: "
                      "nothing can be learned from them")  # fmt: skip
     if surprising:
         lines.append("The later references do not look like draws of the same policy under the same reward as the "

@@ -10,6 +10,7 @@ from infalign.report.figures import save_frontier_png
 from infalign.report.page import ReportData, write_report
 from infalign.report.table import columns, with_margin
 from infalign.report.words import points
+from infalign.wording import counted
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -34,7 +35,7 @@ def comparison_text(compared: ComparedRuns) -> str:
     first = compared.results[0]
     lines = [
         f"{compared.procedure} win rate against the reference used the same way, in %, ± {first.confidence:.0%} "
-        f"interval; {first.num_prompts} prompts.",
+        f"interval; {counted(first.num_prompts, 'prompt')}.",
         "In brackets the theoretical limit at the measured KL.",
         "",
         *columns(rows),
@@ -83,5 +84,5 @@ def draw_comparison(compared: ComparedRuns, path: Path) -> Path:
     if path.suffix in PICTURES:
         return save_frontier_png(path, [compared.frontier])
     several = len({result.series for result in compared.results}) > 1
-    title = f"{len(compared.results)} results{' of several methods' if several else ''}"
+    title = f"{counted(len(compared.results), 'result')}{' of several methods' if several else ''}"
     return write_report(path, ReportData(compared.results, compared.procedure, title, matched=compared.matched))

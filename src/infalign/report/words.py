@@ -93,7 +93,8 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
     ]
     if first.num_prompts < 50:
         found.append(
-            f"There are only {first.num_prompts} prompts. Intervals are then wide, and too narrow where nearly "
+            f"There {'is' if first.num_prompts == 1 else 'are'} only {counted(first.num_prompts, 'prompt')}. "
+            f"Intervals are then wide, and too narrow where nearly "
             "every prompt is won or lost."
         )
     for result in results:
@@ -214,7 +215,10 @@ def markdown_table(
     if any(value is not None for value in limits):
         cells = ["" if value is None else f"{100 * value:.1f}%" for value in limits]
         lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
-    lines += ["", f"{results[0].num_prompts} prompts; {results[0].confidence:.0%} intervals clustered by prompt."]
+    lines += [
+        "",
+        f"{counted(results[0].num_prompts, 'prompt')}; {results[0].confidence:.0%} intervals clustered by prompt.",
+    ]
     lines += [f"- {cell(c.sentence)}" for c in comparisons if c.procedure in labels]
     return "\n".join(lines) + "\n"
 

@@ -17,6 +17,7 @@ from infalign.rollouts.decode import decode, uniforms
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import context_length, excerpt
+from infalign.wording import counted
 
 # On a CPU, throughput is best with a few hundred rows: the cache of more does not fit the processor's own.
 ROWS_ON_CPU = 512
@@ -170,8 +171,10 @@ def require_fit(model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence
     if too_long:
         p = too_long[0]
         raise InputError(
-            f"{len(too_long)} prompts leave no room for {max_new_tokens} new tokens in a context of {context}; "
-            f"the first is prompt {p} ({prompts[p].id}) with {len(tokens[p])} tokens: {excerpt(prompts[p].prompt)}",
+            f"{counted(len(too_long), 'prompt leaves', 'prompts leave')} no room for "
+            f"{counted(max_new_tokens, 'new token')} in a context of {context}; "
+            f"the first is prompt {p} ({prompts[p].id}) with {counted(len(tokens[p]), 'token')}: "
+            f"{excerpt(prompts[p].prompt)}",
             where="prompts",
             mend="Leave them out, shorten them, or lower max_new_tokens",
         )

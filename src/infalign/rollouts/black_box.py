@@ -155,7 +155,8 @@ def _decoded(
         scores = source.score_rows([one.prompt for one in owners], texts, **columns)
         bad = np.flatnonzero(np.isnan(scores.rewards))
         if bad.size:
-            raise RewardError(f"{bad.size} responses could not be scored ({scores.errors[bad[0]]})", where=str(source),
+            raise RewardError(f"{counted(bad.size, 'response')} could not be scored "
+                              f"({scores.errors[bad[0]]})", where=str(source),
                               mend="The proxy of a procedure must score every response")  # fmt: skip
         # Samples are exchangeable, so the first of equally good ones is as good as any.
         chosen = np.argmax(scores.rewards.reshape(-1, n), axis=1) + n * np.arange(len(prompts))

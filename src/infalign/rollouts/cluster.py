@@ -23,6 +23,7 @@ from infalign.rollouts.models import adapter_base, load_policy, load_tokenizer
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import ROLLOUT_SCHEMA, RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
+from infalign.wording import counted
 
 
 class ClusterError(InfalignError):
@@ -117,7 +118,7 @@ def sample_on_cluster(
                 report(done + drawn, total, f"{speed:,.0f} tokens/s")
         except ray.exceptions.RayError as error:
             reason = str(error).strip().rsplit("\n", maxsplit=1)[-1]
-            raise ClusterError(f"the cluster stopped after {drawn} rollouts ({reason})", where=str(store),
+            raise ClusterError(f"the cluster stopped after {counted(drawn, 'rollout')} ({reason})", where=str(store),
                                mend="Mend that and start again: only what is missing is drawn") from error  # fmt: skip
     return drawn
 

@@ -16,6 +16,7 @@ from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.plain_sampling import PlainSampling
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
+from infalign.wording import counted
 
 SAMPLER = "openai"
 _ROWS_PER_SHARD = 512
@@ -114,7 +115,8 @@ def sample_endpoint(
                 flush()
                 pool.shutdown(wait=False, cancel_futures=True)
     if failures:
-        raise EndpointError(f"{len(failures)} of {len(unique)} prompts could not be finished; the first: {failures[0]}",
+        raise EndpointError(f"{len(failures)} of {counted(len(unique), 'prompt')} could not be finished; the "
+                            f"first: {failures[0]}",
                             mend="Start again to draw what is missing")  # fmt: skip
     return drawn
 

@@ -13,6 +13,7 @@ from infalign.rollouts.logprobs import sequence_logprobs
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids
+from infalign.wording import counted
 
 
 def compute_logprobs(
@@ -64,8 +65,8 @@ def compute_logprobs(
             length = len(prompt_ids_of[row["prompt_id"]]) + len(ids)
             if context is not None and length > context:
                 raise InputError(
-                    f"rollout {row['index']} of prompt {row['prompt_id']} has {length} tokens with its prompt, the "
-                    f"model's context is {context}",
+                    f"rollout {row['index']} of prompt {row['prompt_id']} has {counted(length, 'token')} with "
+                    f"its prompt, the model's context is {context}",
                     where="compute_logprobs",
                     mend="Use the model and tokenizer that drew the rollouts",
                 )

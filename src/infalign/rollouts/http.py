@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infalign.errors import InfalignError, InputError
+from infalign.wording import counted
 
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _WRONG_REQUEST = frozenset({400, 422})
@@ -85,7 +86,8 @@ class Endpoint:
             if attempt < self.retries:
                 doubled = self.first_wait * 2.0**attempt * random.uniform(0.75, 1.25)
                 time.sleep(min(_LONGEST_WAIT, doubled if wait is None else wait))
-        raise EndpointError(f"no usable answer in {self.retries + 1} tries ({failure})", where=address,
+        raise EndpointError(f"no usable answer in {counted(self.retries + 1, 'try', 'tries')} "
+                            f"({failure})", where=address,
                             mend="Start again when the server is back: what is done is kept")  # fmt: skip
 
     def _once(self, address: str, content: dict[str, Any]) -> Any:

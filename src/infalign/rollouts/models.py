@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from infalign.errors import InputError
 from infalign.rollouts.hub import require_model
+from infalign.wording import counted
 
 
 def load_policy(
@@ -96,7 +97,7 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
     missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(
-            f"{len(missing)} weights are not in the file, the first is {missing[0]}",
+            f"{counted(len(missing), 'weight is', 'weights are')} not in the file, the first is {missing[0]}",
             where=where,
             mend="Give a model of this kind: a policy has a language-model head, a reward model a score head",
         )

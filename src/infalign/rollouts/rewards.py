@@ -23,6 +23,7 @@ from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
 from infalign.rollouts.tokens import require_chat_template
+from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
@@ -184,7 +185,8 @@ def check_scores(values: Any, count: int, first_row: int, where: str) -> Scores:
         raise RewardError(f"it returned a {type(values).__name__}, not a list", where=where,
                           mend="Return one number per completion") from error  # fmt: skip
     if len(listed) != count:
-        raise RewardError(f"it returned {len(listed)} rewards for {count} completions", where=where,
+        raise RewardError(f"it returned {counted(len(listed), 'reward')} for "
+                          f"{counted(count, 'completion')}", where=where,
                           mend="Return one number per completion")  # fmt: skip
     rewards = np.empty(count)
     errors: list[str | None] = [None] * count
@@ -371,7 +373,8 @@ class SequenceClassificationReward(RewardSource):
                 rewards[rows] = out.logits[:, 0].double().cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(rewards))
         if len(bad):
-            raise RewardError(f"the model gave {rewards[bad[0]]} for {len(bad)} responses, the first is row {bad[0]}",
+            raise RewardError(f"the model gave {rewards[bad[0]]} for {counted(len(bad), 'response')}, the first "
+                              f"is row {bad[0]}",
                               where=str(self), mend="Check the reward model; half precision may overflow")  # fmt: skip
         return Scores(rewards, [None] * len(rewards))
 
@@ -421,7 +424,7 @@ class SequenceClassificationReward(RewardSource):
                     mend="Give a folder with config.json, model.safetensors and a tokenizer",
                 ) from error
             if model.config.num_labels != 1:
-                raise InputError(f"the model has {model.config.num_labels} outputs", where=self.path,
+                raise InputError(f"the model has {counted(model.config.num_labels, 'output')}", where=self.path,
                                  mend="A reward model has one")  # fmt: skip
             require_all_weights(loading, self.path)
             if model.config.get_text_config().pad_token_id is None:

@@ -13,6 +13,7 @@ from infalign.errors import InputError, RewardError
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import FunctionReward, HTTPReward, RewardSource, Scores, SequenceClassificationReward
 from infalign.rollouts.store import RolloutStore
+from infalign.wording import counted
 
 __all__ = [
     "FunctionReward",
@@ -91,7 +92,8 @@ def score_store(
             if unscored > max_unscored * len(mine):
                 first = int(failed[0]) if len(failed) else 0
                 raise RewardError(
-                    f"{unscored} of {done} rollouts could not be scored ({scores.errors[first] or 'no reason given'}; "
+                    f"{unscored} of {counted(done, 'rollout')} could not be scored "
+                    f"({scores.errors[first] or 'no reason given'}; "
                     f"first here: rollout {indices[rows[first]]} of prompt {owners[first].id})",
                     where=str(source),
                     mend=f"Mend the reward, or leave out prompts whose responses it cannot judge: at most "

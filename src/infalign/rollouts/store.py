@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.shards import ShardLog, write_atomically
+from infalign.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,7 +222,8 @@ class RolloutStore:
             if empty.size:
                 at = f"rollout {empty[0] % k} of prompt {prompt_ids[empty[0] // k]}"
                 mend = "infalign.rollouts.fill.compute_logprobs computes what a server did not give"
-                raise InputError(f"{empty.size} rollouts have no {column}, the first is {at}", where=str(self.path),
+                raise InputError(f"{counted(empty.size, 'rollout has', 'rollouts have')} no {column}, the first "
+                                 f"is {at}", where=str(self.path),
                                  mend=mend)  # fmt: skip
         if pa.types.is_integer(values.type):
             return values.to_numpy().astype(np.int64)[rows_PK]
@@ -301,7 +303,9 @@ class RolloutStore:
             )
             raise InputError(lengths, where="append_rewards", mend="Give one of each per rollout")
         if np.isinf(values).any():
-            raise InputError(f"{int(np.isinf(values).sum())} rewards are infinite", where="append_rewards")
+            raise InputError(
+                f"{counted(int(np.isinf(values).sum()), 'reward is', 'rewards are')} infinite", where="append_rewards"
+            )
         table = pa.table(
             {
                 "prompt_id": pa.array(list(prompt_ids), pa.string()),
@@ -357,7 +361,7 @@ class RolloutStore:
             reason = table["error"][int(rows_PK[p, index])].as_py() or "no reason given"
             at = f"rollout {index} of prompt {prompt_ids[p]} ({reason})"
             raise InputError(
-                f"{len(unscored)} of {values_PK.size} rollouts could not be scored, the first is {at}",
+                f"{len(unscored)} of {counted(values_PK.size, 'rollout')} could not be scored, the first is {at}",
                 where=str(self.path),
                 mend="Mend the reward and score again, or leave these prompts out",
             )

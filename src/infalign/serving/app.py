@@ -33,6 +33,7 @@ from infalign.serving.protocol import (
     Usage,
 )
 from infalign.serving.web import FastAPI, HTTPException, Request, make_app, require_key, while_connected
+from infalign.wording import counted
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class ProcedureServer:
         limit = self._served.max_new_tokens
         if asked.most_tokens is not None and asked.most_tokens < limit:
             raise InputError(
-                f"at most {asked.most_tokens} tokens are wanted, but candidates of up to {limit} are compared",
+                f"at most {counted(asked.most_tokens, 'token is', 'tokens are')} wanted, but candidates of up "
+                f"to {limit} are compared",
                 where="request",
                 mend=f"Leave the limit out, or give at least {limit}",
             )

@@ -12,6 +12,7 @@ from typing import Any
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
 from infalign.rollouts.tokens import excerpt, require_chat_template
+from infalign.wording import counted
 
 
 class PromptTexts:
@@ -39,7 +40,7 @@ class PromptTexts:
         """
         if text not in self._id_of:
             raise InputError(
-                f"this is not one of the run's {len(self._id_of)} training prompts: {excerpt(text)}",
+                f"this is not among the run's {counted(len(self._id_of), 'training prompt')}: {excerpt(text)}",
                 where="prompts",
                 mend="Train on the run's prompts, with the reference policy's own chat template and no other template",
             )

@@ -16,6 +16,7 @@ from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_text
 from infalign.run_rewards import scored_by_all
 from infalign.stages.run import Run
+from infalign.wording import counted
 
 
 def write_prompts(run: Run, progress: Progress) -> None:
@@ -26,8 +27,8 @@ def write_prompts(run: Run, progress: Progress) -> None:
         lines = [json.dumps(row, default=str) for row in rows]
         write_text(run.out / "prompts" / f"{name}.jsonl", "\n".join(lines) + "\n")
     duplicates = train.duplicates + evaluation.duplicates
-    told = f"{len(train)} training and {len(evaluation)} evaluation prompts"
-    run.say(f"  {told}" + (f" ({duplicates} duplicates left out)" if duplicates else ""))
+    told = f"{len(train)} training and {counted(len(evaluation), 'evaluation prompt')}"
+    run.say(f"  {told}" + (f" ({counted(duplicates, 'duplicate')} left out)" if duplicates else ""))
 
 
 def draw_reference(run: Run, progress: Progress) -> None:

@@ -8,6 +8,7 @@ from infalign.inputs import testbed_text
 from infalign.rollouts.progress import Progress
 from infalign.stages.run import Run
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
+from infalign.wording import counted
 
 
 def make_reference(run: Run, progress: Progress) -> None:
@@ -20,7 +21,7 @@ def make_reference(run: Run, progress: Progress) -> None:
         seed=run.recipe.seed,
         progress=progress,
     )
-    told = f"{result.parameters:,} parameters, {result.train_examples:,} examples"
+    told = f"{counted(result.parameters, 'parameter')}, {counted(result.train_examples, 'example')}"
     if result.held_out_perplexity is not None:
         told += f", held-out perplexity {result.held_out_perplexity:.1f} per token"
     run.say(f"  {told}")
@@ -37,7 +38,7 @@ def make_reward_model(run: Run, progress: Progress) -> None:
         seed=run.recipe.seed,
         progress=progress,
     )
-    told = f"{result.train_pairs:,} pairs ({result.truncated} truncated)"
+    told = f"{counted(result.train_pairs, 'pair')} ({result.truncated} truncated)"
     if result.held_out_accuracy is not None:
         told += f", held-out accuracy {result.held_out_accuracy:.3f}"
     run.say(f"  {told}")

@@ -47,7 +47,7 @@
       list.append(...next.map(card));
       shown += next.length;
       more.hidden = shown >= found.length;
-      count.textContent = `${found.length} of ${examples.length} prompts match; ${shown} shown, closed.`;
+      count.textContent = `${found.length} of ${examples.length} prompt${examples.length === 1 ? "" : "s"} match; ${shown} shown, closed.`;
     };
     const refresh = () => {
       const words = search.value.trim().toLowerCase();

@@ -84,7 +84,7 @@
       list.append(...next.map(card));
       shown += next.length;
       control("more").hidden = shown >= found.length;
-      control("count").textContent = `${found.length} of ${samples.length} prompts match; ${shown} shown.`;
+      control("count").textContent = `${found.length} of ${samples.length} prompt${samples.length === 1 ? "" : "s"} match; ${shown} shown.`;
     };
     const refresh = () => {
       const words = control("search").value.trim().toLowerCase();
