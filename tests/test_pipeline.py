@@ -216,7 +216,7 @@ def test_results_of_an_earlier_version_are_measured_again_or_refused(job, finish
     for entry in old["results"]:
         del entry["diagnostics"]
     (tmp_path / "evaluation.json").write_text(json.dumps(old))
-    with pytest.raises(InputError, match="Run the evaluation again"):
+    with pytest.raises(InputError, match="Evaluate again with the same command"):
         Evaluation.read(tmp_path)
 
 
