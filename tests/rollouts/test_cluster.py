@@ -45,7 +45,7 @@ def test_without_ray_the_mend_is_said(tmp_path, letters):
 @pytest.mark.skipif(not has_ray, reason="Ray is not installed (pip install 'infalign[ray]')")
 def test_what_cannot_be_drawn_is_said_before_any_worker_starts(tmp_path, letters):
     settings = {"store": tmp_path / "store", "max_new_tokens": 8, "seed": 0}
-    with pytest.raises(InputError, match="leave no room for 8 new tokens"):
+    with pytest.raises(InputError, match="leaves no room for 8 new tokens"):
         sample_on_cluster(letters.path, [Prompt("x" * 95)], 1, **settings)
     with pytest.raises(InputError, match="num_workers 0"):
         sample_on_cluster(letters.path, [Prompt("x")], 1, num_workers=0, **settings)
