@@ -9,11 +9,11 @@ from typing import Any
 
 from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
+from infalign.hub import require_model
 from infalign.inputs import split_prompts
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, transform_name
 from infalign.recipe.baselines import baseline_name
-from infalign.rollouts.hub import require_model
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from infalign.errors import InputError, StorageError
+from infalign.hub import require_data_set
 
 Message = dict[str, str]
 PromptContent = str | list[Message]
@@ -207,7 +208,11 @@ def _dataset_rows(source: str | os.PathLike[str], split: str | None) -> Iterator
             loaded: Any = datasets.load_from_disk(name)
             loaded = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
         else:
+            if not path.exists():
+                require_data_set(name)
             loaded = datasets.load_dataset(name, split=split)
+    except InputError:
+        raise
     except Exception as error:  # whatever goes wrong inside, the user's source is what cannot be loaded
         raise InputError(
             f"no data set can be loaded from here ({type(error).__name__}: {error})",

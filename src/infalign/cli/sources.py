@@ -66,8 +66,8 @@ def open_named_reward(
     Raises:
         InputError: There is no such reward, or it cannot be asked without further columns.
     """
+    from infalign.hub import require_model
     from infalign.rollouts.http import Endpoint
-    from infalign.rollouts.hub import require_model
     from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
 
     if name.startswith(("http://", "https://")):

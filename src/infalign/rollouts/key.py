@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, MismatchError
-from infalign.rollouts.hub import require_model
+from infalign.hub import require_model
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # These differ between two saves of one model without changing what it computes.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.errors import InputError
-from infalign.rollouts.hub import require_model
+from infalign.hub import require_model
 from infalign.wording import counted
 
 

@@ -3,8 +3,9 @@
 import huggingface_hub
 import pytest
 
+from infalign.data import load_prompts
 from infalign.errors import InputError
-from infalign.rollouts.hub import require_model
+from infalign.hub import require_model
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.rewards import SequenceClassificationReward
@@ -39,6 +40,12 @@ def test_a_name_with_the_hub_switched_off(no_network, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="switched off"):
         require_model("nobody/absent")
+
+
+def test_a_data_set_without_a_network(no_network, capfd):
+    with pytest.raises(InputError, match=r"no file or folder of this name, and the hub cannot be reached"):
+        load_prompts("nobody/absent-prompts")
+    assert "Retrying" not in capfd.readouterr().err
 
 
 def test_what_no_model_can_be_called(no_network):

@@ -1,4 +1,4 @@
-"""Is there such a model? Asked once and quickly, before libraries try six times each to reach what is not there."""
+"""Is there such a model or data set? Asked once and quickly, before libraries try six times to reach it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require_model(model: str | Path, where: str | None = None) -> None:
             where=where,
             mend="A recipe's paths are relative to the recipe, others to where you are",
         )
-    reason = _missing(name)
+    reason = _missing("model", name)
     if reason is not None:
         raise InputError(
             f"there is no folder of this name, and {reason}",
@@ -40,9 +40,42 @@ def require_model(model: str | Path, where: str | None = None) -> None:
         )
 
 
-def _missing(name: str) -> str | None:
-    """Why the hub does not give a model; None where it does, or may."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def require_data_set(name: str) -> None:
+    """Refuse a name behind which there is no data set of the hub.
+
+    Args:
+        name: The data set's name there.
+
+    Raises:
+        InputError: The hub does not know it, or cannot be reached and this machine holds no copy.
+    """
+    reason = _missing("data set", name)
+    if reason is not None:
+        raise InputError(
+            f"there is no file or folder of this name, and {reason}",
+            where=name,
+            mend="Check the spelling; a local file needs its whole path",
+        )
+
+
+def _has_copy(kind: str, name: str) -> bool:
+    """Whether this machine holds a copy, as far as can be told quickly."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if kind == "model":
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES)
+    from datasets import config
+
+    folders = (
+        Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+        Path(config.HF_DATASETS_CACHE) / name.replace("/", "___"),
+    )
+    return any(folder.exists() for folder in folders)
+
+
+def _missing(kind: str, name: str) -> str | None:
+    """Why the hub does not give a model or data set; None where it does, or may."""
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -52,20 +85,20 @@ def _missing(name: str) -> str | None:
     )
 
     try:
-        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
+        if _has_copy(kind, name):
             return None
-        HfApi().model_info(name, timeout=_SECONDS)
+        HfApi().repo_info(name, repo_type="model" if kind == "model" else "dataset", timeout=_SECONDS)
     except HFValidationError:
-        return "this cannot be the name of a model on the hub"
+        return f"this cannot be the name of a {kind} on the hub"
     except GatedRepoError:
         return None  # whoever downloads says how to get access
     except RepositoryNotFoundError:
-        return "the hub knows no such model, or does not show it to you"
+        return f"the hub knows no such {kind}, or does not show it to you"
     except HfHubHTTPError:
         return None  # it answers, if not this: a mirror may know less than the hub
     except OfflineModeIsEnabled:
-        return "the hub is switched off (HF_HUB_OFFLINE) and this machine holds no copy of such a model"
+        return f"the hub is switched off (HF_HUB_OFFLINE) and this machine holds no copy of such a {kind}"
     except Exception as error:  # of whichever HTTP library the hub's client is built on
         told = f"{type(error).__name__}: {error}".strip(": ")
-        return f"the hub cannot be reached ({told}) and this machine holds no copy of such a model"
+        return f"the hub cannot be reached ({told}) and this machine holds no copy of such a {kind}"
     return None
