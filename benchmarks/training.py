@@ -1,6 +1,7 @@
 """How many sampled tokens online training needs, with each baseline; and what our step costs beside plain RLOO.
 
     python benchmarks/training.py tokens           # on a policy small enough to enumerate: minutes
+    python benchmarks/training.py solvers          # the same, beside solvers that also use stored rollouts
     python benchmarks/training.py step             # time per step beside plain RLOOTrainer, interleaved
 
 `tokens` trains to the optimum p·exp(Φ/β)/Z of an enumerable policy with the same number of rollouts per step, split
@@ -26,13 +27,24 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.training.enumerable import PROMPTS, Testbed, enumerate_responses
+from tests.training.enumerable import PROMPTS, TOKENS, Testbed, enumerate_responses, hashed_reward
 
 from infalign.procedures import BestOfN, WorstOfN
+from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy
+from infalign.rollouts.rewards import FunctionReward
+from infalign.rollouts.sample import sample
+from infalign.rollouts.score import score_store
+from infalign.rollouts.store import RolloutStore
 from infalign.testbed.quiet import quiet
 from infalign.theory.plan import optimum_at_kl
 from infalign.training import online
+from infalign.training.fresh import FreshRollouts
+from infalign.training.losses import Regression
+from infalign.training.offline import align_offline
+from infalign.training.online import ANNEAL
+from infalign.training.pool import stored_rollouts
+from infalign.training.reward import TransformedReward
 from infalign.training.steering import Steering
 from infalign.transforms import Exponential, Identity
 
@@ -142,6 +154,92 @@ def tokens(options: argparse.Namespace) -> None:
                                 file.write(json.dumps(row) + "\n")
 
 
+SOLVERS = {
+    # name: (solver, baseline, share of the steps that anneal)
+    "plain RLOO": ("online", "leave-one-out", 0.0),
+    "online": ("online", "known", ANNEAL),
+    "mixed": ("mixed", None, None),
+    "offline-regression": ("offline-regression", None, None),
+}
+
+
+def solvers(options: argparse.Namespace) -> None:
+    """Rollouts sampled in training until 95 % of the optimum's objective, where the references are stored anyway."""
+    print(f"{'transform':16s}{'solver':20s}{'learning rate':>14s}{'sampled to 95 % by seed':>30s}{'median':>8s}"
+          f"{'end share':>11s}{'sampled in all':>16s}", flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        testbed = Testbed(Path(scratch) / "reference", vocabulary=12)
+        store = _stored(testbed, Path(scratch) / "store")
+        for name in options.transforms:
+            procedure = {"best-of-4": BestOfN(4), "worst-of-4": WorstOfN(4)}.get(name)
+            optimum = None if procedure is None else optimum_at_kl(procedure, options.kl)
+            transform = Identity() if optimum is None else optimum.transform
+            beta = _beta(transform, options.kl) if optimum is None else optimum.beta
+            for label in SOLVERS:
+                for learning_rate in options.learning_rates:
+                    reached, ends, sampled = [], [], []
+                    for seed in range(options.seeds):
+                        folder = Path(scratch) / f"{name}-{label}-{learning_rate}-{seed}"
+                        reward = testbed.reward(transform, beta)
+                        at_steps = _train_solver(testbed, store, reward, folder, label, learning_rate, seed, options)
+                        watch = Objective(testbed, testbed.reward(transform, beta))
+                        watch.values = [watch.of(load_policy(model)[0]) for model, _ in at_steps]
+                        above = np.flatnonzero(watch.shares >= 0.95)
+                        reached.append(at_steps[above[0]][1] if len(above) else None)
+                        ends.append(float(watch.shares[-1]))
+                        sampled.append(at_steps[-1][1])
+                    median = float(np.median([np.inf if count is None else count for count in reached]))
+                    print(f"{name:16s}{label:20s}{learning_rate:14g}{reached!s:>30s}{median:8.0f}"
+                          f"{np.mean(ends):11.3f}{np.mean(sampled):16.0f}", flush=True)  # fmt: skip
+
+
+def _stored(testbed: Testbed, folder: Path) -> RolloutStore:
+    """The references, as a run stores them; the testbed is calibrated with their rewards."""
+    model, tokenizer = load_policy(testbed.reference)
+    store = RolloutStore.open(folder, RolloutKey.of(testbed.reference, tokenizer, max_new_tokens=TOKENS, seed=0))
+    source = FunctionReward(hashed_reward)
+    sample(model, tokenizer, PROMPTS, testbed.num_ref, store=store)
+    score_store(store, source, PROMPTS)
+    testbed.calibrator.fit(store.rewards_PK(source.key, [prompt.id for prompt in PROMPTS], testbed.num_ref))
+    return store
+
+
+def _train_solver(
+    testbed: Testbed, store: RolloutStore, reward: TransformedReward, folder: Path, label: str, learning_rate: float,
+    seed: int, options: argparse.Namespace,
+) -> list[tuple[Path, int]]:  # fmt: skip
+    """Train, and give every checkpoint with the rollouts sampled until then."""
+    solver, baseline, anneal = SOLVERS[label]
+    constant = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "warmup_steps": 0}
+    common: dict[str, Any] = {
+        "max_new_tokens": TOKENS, "steps": options.steps, "learning_rate": learning_rate, "seed": seed,
+        "save_steps": options.every, "keep_checkpoints": True,
+    }  # fmt: skip
+    group = options.rollouts // len(PROMPTS)
+    if solver == "online":
+        online.align(
+            testbed.reference, folder, PROMPTS, reward, baseline=baseline, anneal=anneal,
+            prompts_per_step=len(PROMPTS), num_generations=group, rloo=constant, **common,
+        )  # fmt: skip
+    else:
+        pool = stored_rollouts(store, PROMPTS, testbed.calibrator, [prompt.id for prompt in PROMPTS])
+        fresh = FreshRollouts(reward, every=options.refresh_every, num_prompts=len(PROMPTS), num_samples=group)
+        loss = Regression(reward.transform, reward.beta)
+        align_offline(
+            testbed.reference, folder, pool, loss, rollouts_per_step=options.rollouts, trainer=constant,
+            fresh=fresh if solver == "mixed" else None, **common,
+        )  # fmt: skip
+    per_round = {"online": 1, "mixed": options.refresh_every}.get(solver)
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    out = []
+    for path in checkpoints:
+        step = int(path.name.split("-")[1])
+        # A round of fresh rollouts is drawn one step before the window that it serves.
+        rounds = 0 if per_round is None else step if per_round == 1 else (step + 1) // per_round
+        out.append((path, rounds * options.rollouts))
+    return out
+
+
 def _beta(transform: Any, kl: float) -> float:
     from infalign.theory.alternatives import tilt_at_kl
 
@@ -193,11 +291,13 @@ def _seconds_per_step(testbed: Testbed, name: str, scratch: Path, options: argpa
 def main() -> None:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokens", "step"])
+    parser.add_argument("what", choices=["tokens", "solvers", "step"])
     parser.add_argument("--kl", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--every", type=int, default=5, help="solvers: steps between measurements")
+    parser.add_argument("--refresh-every", type=int, default=10, help="solvers: steps between mixed training's rounds")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--generations", type=int, nargs="+", default=[1, 2, 4, 16])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3])
@@ -207,7 +307,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with quiet():
-        {"tokens": tokens, "step": step}[options.what](options)
+        {"tokens": tokens, "solvers": solvers, "step": step}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -305,3 +305,11 @@ def test_settings_are_checked(tmp_path, fields, message):
         training_arguments(
             tmp_path, steps=3, examples_per_step=16, learning_rate=1e-3, seed=0, save_steps=3, overrides=fields
         )
+
+
+def test_a_kept_checkpoint_is_a_model_with_its_tokenizer(testbed, stored, tmp_path):
+    loss = Regression(Identity(), 0.25)
+    train(testbed, tmp_path, stored, loss, steps=2, rollouts_per_step=16, save_steps=1, keep_checkpoints=True)
+    model, tokenizer = load_policy(tmp_path / "checkpoints" / "checkpoint-1")
+    assert tokenizer.get_vocab() == testbed.tokenizer.get_vocab()
+    assert model.config.vocab_size == load_policy(testbed.reference)[0].config.vocab_size

@@ -200,7 +200,7 @@ def align_offline(
     checkpoint = last_checkpoint(out / "checkpoints")
     recorder.restore(checkpoint)
     callbacks: list[TrainerCallback] = [recorder] if fresh is None else [fresh, recorder]
-    hf_trainer = _OfflineTrainer(loss, model, arguments, data, callbacks, padding_side)
+    hf_trainer = _OfflineTrainer(loss, model, tokenizer, arguments, data, callbacks, padding_side)
     run_trainer(hf_trainer, checkpoint)
     hf_trainer.save_model(str(out / "model"))
     (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
@@ -323,6 +323,7 @@ class _OfflineTrainer(Trainer):
         self,
         loss: OfflineLoss,
         model: Any,
+        tokenizer: Any,
         arguments: TrainingArguments,
         data: ExampleStream,
         callbacks: list[TrainerCallback],
@@ -332,6 +333,7 @@ class _OfflineTrainer(Trainer):
             super().__init__(
                 model=model,
                 args=arguments,
+                processing_class=tokenizer,  # saved with every checkpoint, which can then be evaluated
                 train_dataset=data,
                 data_collator=lambda items: {"pieces": collate(items, data.pad, padding_side)},
                 callbacks=callbacks,
