@@ -31,7 +31,7 @@ transform: self-consistent
 compare_with: []
 rollouts: {num_ref: 4, max_new_tokens: 4}
 kl_budget: 0.2
-training: {steps: 12, prompts_per_step: 1, num_generations: 8, learning_rate: 3.0e-3, save_steps: 5}
+training: {steps: 12, prompts_per_step: 1, num_generations: 8, learning_rate: 3.0e-3, save_steps: 5, anneal: 0.1}
 evaluation: {num_samples: 4, procedures: [best-of-2]}
 """
 REWARDS = """
