@@ -58,6 +58,28 @@ def test_require_says_what_differs(tmp_path):
     assert "same" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"k": 1}, {"k": 1, "served": None}, "served: no such setting then, null now"),
+        ({"k": 1, "served": None}, {"k": 1}, "served: null then, no such setting now"),
+        ({"k": 1}, {"k": 1.0}, "k: 1 then, 1.0 now"),
+        ({"t": {f"same{i}": i for i in range(99)}}, {"t": {f"same{i}": i for i in range(98)}},
+         "t.same98: 98 then, no such setting now"),
+        ({"t": {}, "u": [1, {"a": 2}]}, {"t": {"a": 1}, "u": (1, {"a": 2})},
+         "t: {} then, no such setting now; t.a: no such setting then, 1 now"),
+    ],
+    ids=["added", "removed", "another type", "in a long section", "a section that was empty"],
+)  # fmt: skip
+def test_whatever_differs_is_said(tmp_path, then, now, said):
+    folder = RunFolder(tmp_path / "run", "demo")
+    folder.begin("work", then, [])
+    folder.finish("work", 1.0)
+    with pytest.raises(MismatchError) as caught:
+        folder.require("work", now)
+    assert f"({said})" in str(caught.value)
+
+
 def test_a_folder_of_another_recipe_or_of_something_else_is_refused(tmp_path):
     RunFolder(tmp_path / "run", "demo")
     with pytest.raises(MismatchError, match="holds a run of 'demo', not of 'other'"):

@@ -197,10 +197,26 @@ def write_text(path: Path, content: str) -> None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Setting by setting, where two fingerprints differ; those of a section as `section.setting`."""
+    then, now = _flat(old), _flat(new)
+    missing = "no such setting"
     changed = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in {**old, **new} if old.get(key) != new.get(key)
+        f"{key}: {then.get(key, missing)} then, {now.get(key, missing)} now"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
     ]
-    return "; ".join(changed)[:400]
+    return "; ".join(changed)[:400] or "the same ones, in the way of another version"
+
+
+def _flat(settings: Mapping[str, Any], within: str = "") -> dict[str, str]:
+    """Every setting as the JSON that its fingerprint is made of: 1 and 1.0 are two values, (1,) and [1] are one."""
+    out: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{within}{key}.")
+        else:
+            out[f"{within}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return out
 
 
 def storage_failure(error: Exception) -> str | None:
