@@ -152,6 +152,7 @@ def test_compare_puts_evaluations_on_one_frontier(run, evaluated, job):
         (("--model", "./absent", *COMMON), "./absent: there is no such folder"),
         (("--model", "tuned", *COMMON, "--checkpoints"), "--checkpoints are those of a run"),
         ((), "there is nothing to evaluate"),
+        (("--run", "anywhere", "--column", "text"), "--column does nothing without --prompts"),
         (("recipe.yaml", "--model", "tuned"), "a recipe says itself what is evaluated"),
         (("recipe.yaml", "--samples", 8), "a recipe says itself what is evaluated, and how"),
         (("recipe.yaml", "--checkpoints"), "a recipe says itself what is evaluated, and how"),

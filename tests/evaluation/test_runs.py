@@ -121,6 +121,15 @@ def test_runs_that_mean_different_things_are_refused(two_runs, changes, message)
         compare_runs({"a": low, "b": dataclasses.replace(low, **changes)})
 
 
+def test_different_rewards_go_by_their_names(two_runs):
+    low = two_runs["low"]
+    other = dataclasses.replace(
+        low, reward="other@2", results=[dataclasses.replace(one, reward="kindness") for one in low.results]
+    )
+    with pytest.raises(MismatchError, match=r"differ in reward \(reward in one, kindness in the other\)"):
+        compare_runs({"a": low, "b": other})
+
+
 def test_runs_for_different_procedures_are_refused_with_what_to_do(two_runs):
     def only(run, label):
         results = [dataclasses.replace(one, procedures=[one.of(label)]) for one in run.results]

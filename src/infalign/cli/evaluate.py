@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
-from infalign.cli.options import Json, Set
+from infalign.cli.options import Json, Set, refuse_idle
 from infalign.cli.run import execute
 from infalign.cli.sources import allow_local_rewards, parse_procedure, told_duplicates
 from infalign.errors import InputError
@@ -49,7 +49,10 @@ def evaluate_command(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", rich_help_panel=_PANEL, help="Held-out prompts: JSONL or Parquet.")
     ] = None,
-    column: Annotated[str, typer.Option("--column", rich_help_panel=_PANEL, help="Their column.")] = "prompt",
+    column: Annotated[
+        str | None,
+        typer.Option("--column", rich_help_panel=_PANEL, help="Their column [default: prompt].", show_default=False),
+    ] = None,
     run: Annotated[
         Path | None,
         typer.Option("--run", metavar="RUN", rich_help_panel=_PANEL,
@@ -94,9 +97,9 @@ def evaluate_command(
 ) -> None:  # fmt: skip
     """Measure win rates and KL on held-out prompts with fresh rollouts, with intervals and the theoretical limit."""
     if recipe is not None:
-        models = (model, run, reference, reward, gold, prompts)
+        models = (model, run, reference, reward, gold, prompts, column)
         options = (procedures, samples, max_new_tokens, limit, seed, batch_size)
-        if any((*models, *options, checkpoints, allow_overlap, trust_remote_code)) or column != "prompt":
+        if any((*models, *options, checkpoints, allow_overlap, trust_remote_code)):
             raise InputError(
                 "a recipe says itself what is evaluated, and how",
                 where="evaluate",
@@ -110,6 +113,8 @@ def evaluate_command(
         raise InputError("--set changes a recipe, and there is none", where="evaluate")
     if checkpoints and run is None:
         raise InputError("--checkpoints are those of a run", where="evaluate", mend="Give --run RUN")
+    if prompts is None:
+        refuse_idle("evaluate", "without --prompts", {"--column": column})
     allow_local_rewards(Path.cwd())
     chosen = [parse_procedure(name) for name in procedures.split(",")] if procedures else None
     reporter = ConsoleReporter()
@@ -141,7 +146,7 @@ def evaluate_command(
     job = Job(
         candidates=candidates,
         reference=_reference(reference, run, made),
-        prompts=_prompts(prompts, column, run, reporter)[:limit],
+        prompts=_prompts(prompts, column or "prompt", run, reporter)[:limit],
         reward=_reward(reward, run, made),
         procedures=chosen,
         # Of its own for each run or model: another evaluation must not take this one's place.

@@ -197,7 +197,7 @@ def check_comparable(runs: Mapping[str, Evaluation]) -> None:
             shared = f"{len(ours & theirs)} of {len(ours)} and {len(theirs)} are shared"
             different.append(f"prompts ({shared})" if ours != theirs else "the order of prompts")
         for what, mine, its in (
-            ("reward", first.reward, run.reward),
+            ("reward", *_told_apart(first, run)),
             ("reference", first.reference, run.reference),
             ("longest response", f"{first.max_new_tokens} tokens", f"{run.max_new_tokens} tokens"),
             ("level of intervals", first.results[0].confidence, run.results[0].confidence),
@@ -210,6 +210,14 @@ def check_comparable(runs: Mapping[str, Evaluation]) -> None:
                 where="compare",
                 mend="Evaluate both alike: `infalign evaluate --model … --model … --reference … --prompts …`",
             )
+
+
+def _told_apart(first: Evaluation, other: Evaluation) -> tuple[str, str]:
+    """The names of two rewards; their keys where two rewards have one name, and one name where they are one reward."""
+    names = first.results[0].reward, other.results[0].reward
+    if first.reward == other.reward:
+        return names[0], names[0]
+    return names if names[0] != names[1] else (first.reward, other.reward)
 
 
 def _require_measured(runs: Mapping[str, Evaluation], procedure: str) -> None:
