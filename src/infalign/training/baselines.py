@@ -199,8 +199,13 @@ class QRPO:
         return squared_residual(log_ratios_NM[:, 0], targets_N)
 
 
-def best_and_worst(pool: RolloutPool, n: int) -> Examples:
+def best_and_worst(pool: RolloutPool, n: int, target: float = 0.0) -> Examples:
     """The best and the worst of every n of a prompt's rollouts, in the order they were drawn; ties give no pair.
+
+    Args:
+        pool: The rollouts.
+        n: Size of the groups.
+        target: What the loss of a pair compares with.
 
     Raises:
         InputError: If no prompt has n rollouts of different rewards, or n is less than 2.
@@ -218,7 +223,12 @@ def best_and_worst(pool: RolloutPool, n: int) -> Examples:
     if not pairs:
         raise InputError(f"no prompt has {n} rollouts of different rewards", where="best and worst",
                          mend="Draw more reference rollouts per prompt (rollouts.num_ref), or lower n")  # fmt: skip
-    return Examples(np.array(pairs, dtype=np.int64), np.zeros(len(pairs)), np.ones(len(pairs)))
+    return Examples(np.array(pairs, dtype=np.int64), np.full(len(pairs), target), np.ones(len(pairs)))
+
+
+def lead(log_ratios_NM: torch.Tensor) -> torch.Tensor:
+    """Log-ratio of the best less that of the worst of each pair, shape (N,)."""
+    return log_ratios_NM[:, 0] - log_ratios_NM[:, 1]
 
 
 @dataclass(frozen=True)
@@ -245,7 +255,7 @@ class DPO:
 
     def __call__(self, log_ratios_NM: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """−log σ(β (log-ratio of the best − log-ratio of the worst))."""
-        return -torch.nn.functional.logsigmoid(self.beta * (log_ratios_NM[:, 0] - log_ratios_NM[:, 1]))
+        return -torch.nn.functional.logsigmoid(self.beta * lead(log_ratios_NM))
 
 
 @dataclass(frozen=True)
@@ -266,12 +276,11 @@ class IPO:
 
     def examples(self, pool: RolloutPool) -> Examples:
         """Best and worst of every n; the target is 1/(2τ)."""
-        pairs = best_and_worst(pool, self.n)
-        return Examples(pairs.rollouts_NM, np.full(len(pairs.weights_N), 0.5 / self.beta), pairs.weights_N)
+        return best_and_worst(pool, self.n, target=0.5 / self.beta)
 
     def __call__(self, log_ratios_NM: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """(log-ratio of the best − log-ratio of the worst − 1/(2τ))²."""
-        return squared_residual(log_ratios_NM[:, 0] - log_ratios_NM[:, 1], targets_N)
+        return squared_residual(lead(log_ratios_NM), targets_N)
 
 
 @dataclass(frozen=True)
@@ -296,12 +305,15 @@ class BoNBoN:
         """The β of the IPO part: 1 / (2 (n − 1) Σ_{k<n} 1/k)."""
         return 0.5 / ((self.n - 1) * sum(1.0 / k for k in range(1, self.n)))
 
+    @property
+    def ipo(self) -> IPO:
+        """The IPO part."""
+        return IPO(self.beta, self.n)
+
     def examples(self, pool: RolloutPool) -> Examples:
-        """Best and worst of every n; the target is 1/(2β)."""
-        pairs = best_and_worst(pool, self.n)
-        return Examples(pairs.rollouts_NM, np.full(len(pairs.weights_N), 0.5 / self.beta), pairs.weights_N)
+        """Best and worst of every n; the target is that of the IPO part."""
+        return self.ipo.examples(pool)
 
     def __call__(self, log_ratios_NM: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """−α (log π − log p of the best) + (1 − α) (difference − target)²."""
-        behind_N = squared_residual(log_ratios_NM[:, 0] - log_ratios_NM[:, 1], targets_N)
-        return -self.alpha * log_ratios_NM[:, 0] + (1.0 - self.alpha) * behind_N
+        return -self.alpha * log_ratios_NM[:, 0] + (1.0 - self.alpha) * self.ipo(log_ratios_NM, targets_N)

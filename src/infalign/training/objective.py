@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infalign.errors import InputError
+from infalign.training.trainer_settings import ELSEWHERE, RELIED_ON, refuse_settings
 
 
 @dataclass(frozen=True)
@@ -77,30 +78,12 @@ _OURS: dict[str, Any] = {
 
 FIXED: dict[str, Any] = {**{name: need.value for name, need in OBJECTIVE.items()}, **_OURS}
 
-# Settings that steering the KL and going on after a stop rely on.
-RELIED_ON: dict[str, Any] = {
-    "logging_strategy": "steps",  # the KL is steered by what every step logs
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "load_best_model_at_end": False,
-    "ignore_data_skip": False,
-    "auto_find_batch_size": False,
-}
-
 # `RLOOConfig` fields that the recipe sets elsewhere, and where.
-ELSEWHERE = {
-    "output_dir": "--out",
-    "max_steps": "training.steps",
-    "num_train_epochs": "training.steps",
-    "learning_rate": "training.learning_rate",
+_ELSEWHERE = {
+    **ELSEWHERE,
     "num_generations": "training.num_generations",
-    "per_device_train_batch_size": "training.prompts_per_step",
     "generation_batch_size": "training.prompts_per_step",
     "max_completion_length": "rollouts.max_new_tokens",
-    "save_steps": "training.save_steps",
-    "seed": "seed",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "the run folder, by running again,",
     "trust_remote_code": "policy.trust_remote_code",
 }
 
@@ -111,15 +94,8 @@ def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
     Raises:
         InputError: Naming the first such field and why.
     """
+    refuse_settings(rloo, "training.rloo", elsewhere=_ELSEWHERE, relied_on=RELIED_ON)
     for name, value in rloo.items():
-        if name in ELSEWHERE:
-            raise InputError(f"{name} is not set here", where="training.rloo", mend=f"Set {ELSEWHERE[name]} instead")
-        if name in RELIED_ON and value != RELIED_ON[name]:
-            raise InputError(
-                f"{name}={value!r}, but the training relies on {name}={RELIED_ON[name]!r}",
-                where="training.rloo",
-                mend=f"Remove {name}",
-            )
         if name in FIXED and value != FIXED[name]:
             why = f" ({OBJECTIVE[name].why})" if name in OBJECTIVE else ""
             raise InputError(

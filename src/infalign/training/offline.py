@@ -45,33 +45,16 @@ from infalign.training.running import (
     write_result,
 )
 from infalign.training.stream import ExampleStream, collate
+from infalign.training.trainer_settings import ELSEWHERE, RELIED_ON, refuse_settings
 
-# Settings on which the objective, recording every step or going on after a stop rely.
-RELIED_ON = {
-    "logging_strategy": "steps",
-    "logging_steps": 1,
+# What the loss on examples in a given order relies on besides.
+_RELIED_ON = {
+    **RELIED_ON,
     "logging_nan_inf_filter": False,  # would hide the loss that says that something is wrong
-    "save_strategy": "steps",
-    "load_best_model_at_end": False,
-    "ignore_data_skip": False,
-    "auto_find_batch_size": False,
     "dataloader_num_workers": 0,  # a worker would not see fresh rollouts
     "remove_unused_columns": False,
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
-}
-
-# `TrainingArguments` fields that the recipe sets elsewhere, and where.
-ELSEWHERE = {
-    "output_dir": "--out",
-    "max_steps": "training.steps",
-    "num_train_epochs": "training.steps",
-    "learning_rate": "training.learning_rate",
-    "per_device_train_batch_size": "training.prompts_per_step",
-    "save_steps": "training.save_steps",
-    "seed": "seed",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "the run folder, by running again,",
 }
 
 
@@ -261,15 +244,7 @@ def training_arguments(
     Raises:
         InputError: A field is unknown, unusable or set elsewhere, or the examples do not divide.
     """
-    for name, value in overrides.items():
-        if name in ELSEWHERE:
-            raise InputError(f"{name} is not set here", where="training.offline", mend=f"Set {ELSEWHERE[name]} instead")
-        if name in RELIED_ON and value != RELIED_ON[name]:
-            raise InputError(
-                f"{name}={value!r}, but the training relies on {name}={RELIED_ON[name]!r}",
-                where="training.offline",
-                mend=f"Remove {name}",
-            )
+    refuse_settings(overrides, "training.offline", elsewhere=ELSEWHERE, relied_on=_RELIED_ON)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = overrides.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
@@ -287,7 +262,7 @@ def training_arguments(
         "max_steps": steps,
         "per_device_train_batch_size": examples_per_step // (accumulation * world_size),
         **common_settings(steps=steps, learning_rate=learning_rate, seed=seed, save_steps=save_steps),
-        **RELIED_ON,
+        **_RELIED_ON,
         **overrides,
     }
     try:

@@ -28,7 +28,7 @@ from infalign.rollouts.progress import Progress
 from infalign.training.baseline import Baseline, BaselineTrainer
 from infalign.training.kl_control import KLController
 from infalign.training.landing import Landing, land
-from infalign.training.objective import FIXED, RELIED_ON, refuse_changed_objective
+from infalign.training.objective import FIXED, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.training.running import (
     common_settings,
@@ -42,6 +42,7 @@ from infalign.training.running import (
 )
 from infalign.training.steering import Steering, TrainingStep
 from infalign.training.step_report import StepReport
+from infalign.training.trainer_settings import RELIED_ON
 
 ANNEAL = 0.25  # the default of `anneal`
 
