@@ -50,5 +50,5 @@ def test_lines_speak_up_only_when_something_is_wrong(report):
     rewards_PK[3] = 7.0
     lines = calibration_lines(calibration_report(rewards_PK))
     assert len(lines) == 3
-    assert "1 of 50 prompts have one reward for every response" in lines[1]
+    assert "1 of 50 prompts has one reward for every response" in lines[1]
     assert "do not look like draws of the same policy" in lines[2]
