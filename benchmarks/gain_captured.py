@@ -1,7 +1,7 @@
 """How much of the theory's gain a trained language model captures, and where the rest is lost.
 
     infalign rollout recipes/hh_helpful_tiny.yaml && infalign calibrate recipes/hh_helpful_tiny.yaml
-    python benchmarks/gain_captured.py runs/hh_helpful_tiny --out DIR [--rewards additive] [--steps 300] ...
+    python benchmarks/gain_captured.py runs/hh_helpful_tiny --out DIR [--rewards linear] [--steps 300] ...
 
 For every combination of reward, procedure, transform and solver one policy is trained at the β that theory gives it for
 `--kl` nats (nothing steers or lands it, unless `--land`), and measured on training and held-out prompts with fresh
@@ -10,8 +10,9 @@ rollouts and fresh references:
 - W and KL; gain: (W − ½)/(limit(KL) − ½); share of the objective: (J − ½)/(J* − ½), J = W − β KL at the optimum's β;
 - efficiency: how much of the KL moved ranks at all (M11).
 
-`additive` is a reward that the policy can follow: a fixed random weight for every token, summed. One line per training
-in DIR/results.jsonl; the same command again goes on where it was stopped.
+Rewards that a small policy can follow, unlike a reward model of its own size: `additive` sums a random weight for each
+token; `linear` sums each token's output embedding along one random direction, so that a shift of the last hidden state
+expresses it. One line per training in DIR/results.jsonl; the same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from infalign.calibration import RewardCalibrator
 from infalign.estimators import sequence_kl, useful_kl, win_rates
@@ -52,16 +52,23 @@ from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import Identity
 
+REWARDS = ["linear", "additive", "learned"]
 HELD_OUT_SEED, SAMPLES = 7919, 32
-LINEAR = ["lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class AdditiveReward:
-    """A fixed standard normal weight for each token of the reference's tokenizer, summed over the response."""
+class TokenReward:
+    """A fixed weight for each token of the reference, mean 0 and deviation 1 over the vocabulary, summed."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._weights = np.random.default_rng(5).normal(size=len(tokenizer))
+    def __init__(self, reference: str, kind: str) -> None:
+        model, self._tokenizer = load_policy(reference)
+        rng = np.random.default_rng(5)
+        if kind == "linear":
+            embeddings = model.get_output_embeddings().weight.detach().double().numpy()
+            weights = embeddings @ rng.normal(size=embeddings.shape[1])
+        else:
+            weights = rng.normal(size=model.config.vocab_size)
+        self._weights = (weights - weights.mean()) / weights.std()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
         """One reward per completion."""
@@ -162,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a calibrated run folder: its reference, reward and prompts")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rewards", nargs="+", default=["learned", "additive"], choices=["learned", "additive"])
+    parser.add_argument("--rewards", nargs="+", default=["linear"], choices=REWARDS)
     parser.add_argument("--procedures", nargs="+", default=["best-of-4", "worst-of-4"])
     parser.add_argument("--transforms", nargs="+", default=["self-consistent", "identity"],
                         choices=["self-consistent", "optimal", "identity", "raw"])  # fmt: skip
@@ -193,7 +200,9 @@ def main() -> None:
                 ("kl", "land", "prompts", "num_ref", "tokens", "steps", "prompts_per_step", "generations",
                  "refresh_every", "learning_rate", "lora")}  # fmt: skip
     for reward in options.rewards:
-        source = run.rewards.source() if reward == "learned" else additive(run)
+        source = run.rewards.source()
+        if reward != "learned":
+            source = FunctionReward(TokenReward(run.reference, reward), key=f"{reward} in tokens")
         experiment = None
         for name, transform, solver, seed in itertools.product(
             options.procedures, options.transforms, options.solvers, options.seeds
@@ -215,11 +224,6 @@ def main() -> None:
             )
             label = " ".join([reward, name, transform, solver, str(seed)])
             print(f"{label:56s}{row['seconds']:8.0f}  {sides}", flush=True)
-
-
-def additive(run: Run) -> RewardSource:
-    """The additive reward as a source."""
-    return FunctionReward(AdditiveReward(AutoTokenizer.from_pretrained(run.reference)), key="additive")
 
 
 if __name__ == "__main__":
