@@ -24,6 +24,7 @@ from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training.losses import OfflineLoss
 from infalign.training.pool import RolloutPool
 from infalign.training.reward import TransformedReward
+from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.stream import ExampleStream
 
 
@@ -31,7 +32,8 @@ class FreshRollouts(TrainerCallback):
     """Draws, scores and adds rollouts of the current policy for every window of steps but the first.
 
     They are drawn one step before their window begins, since the data loader reads ahead. Each round is a rollout store
-    in the training's folder, so that a stopped training finds it again.
+    in the training's folder, so that a stopped training finds it again. A self-consistent transform (the same object in
+    the reward and in the loss) takes in every round, and the targets of all rollouts, old and new, follow it.
 
     Args:
         reward: Scores responses and ranks them among all K references of their prompt.
@@ -69,6 +71,8 @@ class FreshRollouts(TrainerCallback):
         self._max_new_tokens, self._seed = max_new_tokens, seed
         self.num_prompts = min(self.num_prompts, len(self._prompts))
         self.reward.take_columns_from(self._prompts)
+        if isinstance(self.reward.transform, SelfConsistentTransform):
+            self.reward.transform.restart()  # a stopped training takes in its rounds again, in order
         data.refresh_every(self.every)
 
     def restore(self, step: int) -> None:
@@ -108,6 +112,9 @@ class FreshRollouts(TrainerCallback):
         )
         self.kl = float((store.column_PK("logprob", ids, self.num_samples).ravel() - ref_logprobs_R).mean())
         self._data.add(pool, self._loss.examples(pool))
+        if isinstance(self.reward.transform, SelfConsistentTransform):
+            self.reward.follow(rewards, ids_R)
+            self._data.retarget(window, lambda seen: self._loss.examples(seen).targets_N)
 
     def _round_prompts(self, window: int) -> list[Prompt]:
         """This round's prompts: consecutive pieces of one random order after another."""

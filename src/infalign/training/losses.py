@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from infalign.training.pool import Float, Int, RolloutPool, log_weights
+from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform
 
 
@@ -68,7 +69,7 @@ class Regression:
     normaliser instead of the one for K = ∞.
     """
 
-    transform: RewardTransform
+    transform: RewardTransform | SelfConsistentTransform
     beta: float
     label: str = "offline-regression"
     any_distribution: bool = True

@@ -40,13 +40,16 @@ def solver_loss(solver: str, transform: RewardTransform | SelfConsistentTransfor
     Raises:
         InputError: If the transform follows the policy's own rollouts.
     """
-    if isinstance(transform, SelfConsistentTransform):
+    if isinstance(transform, SelfConsistentTransform) and solver != "mixed":
         raise InputError(
             f"the self-consistent transform follows the policy's own rollouts, which {solver} does not have",
             where="training.solver",
-            mend="Use transform: optimal, or solver: online",
+            mend="Use transform: optimal, or solver: online or mixed",
         )
-    return (WeightedLikelihood if solver == "weighted-likelihood" else Regression)(transform, beta)
+    if solver == "weighted-likelihood":
+        assert not isinstance(transform, SelfConsistentTransform), "refused above"
+        return WeightedLikelihood(transform, beta)
+    return Regression(transform, beta)
 
 
 def baseline_reward(

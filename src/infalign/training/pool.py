@@ -19,6 +19,7 @@ from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import tilt_at_ranks
+from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.tilt import log_partition, tilt_by_rank
 from infalign.transforms import RewardTransform
 
@@ -124,7 +125,7 @@ def _require_known(store: RolloutStore, logprobs_too: bool) -> None:
             )
 
 
-def log_weights(pool: RolloutPool, transform: RewardTransform, beta: float) -> Float:
+def log_weights(pool: RolloutPool, transform: RewardTransform | SelfConsistentTransform, beta: float) -> Float:
     """Log of exp(Φ_K(b)/β)/Z in nats (M6): what log π − log p is at the optimum of M2, shape (R,).
 
     Args:

@@ -46,8 +46,12 @@ class SelfConsistentTransform:
         self._objective = Objective.of(procedure)
         self.edges = np.linspace(0.0, 1.0, CELLS + 1)
         self._opponents = self._objective.opponent_densities(self.edges)
-        self.cdf: Float = self.edges.copy()  # F̂ at the cells' edges; the reference's to begin with
+        self.cdf: Float = self.edges.copy()  # F̂ at the cells' edges
         self._cells_of_K: dict[int, Float] = {}
+
+    def restart(self) -> None:
+        """Forget the policy: F̂ is the reference's again."""
+        self.cdf = self.edges.copy()
 
     def update(self, rank_B: Float, num_ref_B: NDArray[np.integer]) -> None:
         """Take in the ranks of rollouts, of one step or a part of it, each spread evenly over its share of [0, 1].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,20 @@ class ExampleStream(Dataset[dict[str, Any]]):
         self._every = steps
         self._parts: list[_Part] = []
         self._orders: dict[int, NDArray[np.int64]] = {}
+        self._targets: dict[int, list[NDArray[np.float64]]] = {}
         self.add(pool, examples)
 
     def add(self, pool: RolloutPool, examples: Examples) -> None:
         """Take in the examples of another pool; seen from the next window on."""
         self._parts.append(_Part(pool, examples, prompt_token_ids(self._tokenizer, pool.prompts)))
+
+    def retarget(self, window: int, targets_of: Callable[[RolloutPool], NDArray[np.float64]]) -> None:
+        """From this window on, give the examples of all pools so far other targets, in nats.
+
+        The window before, which the data loader may still be reading, keeps its own.
+        """
+        self._targets = {w: known for w, known in self._targets.items() if w == window - 1}
+        self._targets[window] = [targets_of(part.pool) for part in self._parts]
 
     def refresh_every(self, steps: int) -> None:
         """Expect a pool of fresh rollouts for every window of so many steps but the first."""
@@ -62,9 +71,11 @@ class ExampleStream(Dataset[dict[str, Any]]):
         if window not in self._orders:
             self._orders = {window: self._order(window)}
         number = int(self._orders[window][step_in_window, place])
-        for part in self._parts:
+        targets = self._targets.get(window)
+        for index, part in enumerate(self._parts):
             if number < len(part):
-                return part.item(number)
+                example = part.item(number)
+                return example if targets is None else {**example, "target": targets[index][number]}
             number -= len(part)
         raise IndexError(item)
 
@@ -89,7 +100,7 @@ class _Part:
     """One pool's examples, ready to be collated."""
 
     def __init__(self, pool: RolloutPool, examples: Examples, prompt_ids: list[list[int]]) -> None:
-        self._pool, self._examples, self._prompt_ids = pool, examples, prompt_ids
+        self.pool, self._examples, self._prompt_ids = pool, examples, prompt_ids
         lengths_R = np.array([len(pool.token_ids[r]) for r in range(len(pool))])
         lengths_R = lengths_R + np.array([len(ids) for ids in prompt_ids])[pool.prompt_R]
         self.lengths_N: NDArray[np.int64] = lengths_R[examples.rollouts_NM].max(axis=1)
@@ -100,9 +111,9 @@ class _Part:
     def item(self, number: int) -> dict[str, Any]:
         rows_M = self._examples.rollouts_NM[number]
         return {
-            "prompt_ids": [self._prompt_ids[self._pool.prompt_R[row]] for row in rows_M],
-            "completion_ids": [self._pool.token_ids[row] for row in rows_M],
-            "ref_logprobs": self._pool.ref_logprobs_R[rows_M],
+            "prompt_ids": [self._prompt_ids[self.pool.prompt_R[row]] for row in rows_M],
+            "completion_ids": [self.pool.token_ids[row] for row in rows_M],
+            "ref_logprobs": self.pool.ref_logprobs_R[rows_M],
             "target": self._examples.targets_N[number],
             "weight": self._examples.weights_N[number],
         }
