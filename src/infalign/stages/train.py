@@ -16,8 +16,8 @@ from infalign.stages.run import Run
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss
 from infalign.training.methods import baseline_loss, solver_loss
-from infalign.training.offline import OfflineResult, align_offline
-from infalign.training.online import AlignmentResult, align
+from infalign.training.offline import align_offline
+from infalign.training.online import align
 from infalign.training.pool import RolloutPool, stored_rollouts
 
 
@@ -38,12 +38,10 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
     }
     if planned.trains_online(training.solver):
         reward = run.transformed_reward(planned)
-        result: AlignmentResult | OfflineResult = align(
-            run.reference, out, prompts[kept:], reward, **common, **training.online
-        )
+        landing = align(run.reference, out, prompts[kept:], reward, **common, **training.online).landing
     else:
         mixed = planned.baseline is None and training.solver == "mixed"
-        result = align_offline(
+        landing = align_offline(
             run.reference,
             out,
             _stored_rollouts(run, prompts[kept:], progress),
@@ -53,10 +51,10 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
             fresh=_fresh_rollouts(run, planned) if mixed else None,
             **common,
             **training.model_dump(include={"steps", "learning_rate", "lora", "save_steps", "keep_checkpoints"}),
-        )
+        ).landing
     if processes.is_main():
-        if result.landing is not None:
-            run.say(f"  {result.landing}")
+        if landing is not None:
+            run.say(f"  {landing}")
         write_card(run, planned, None)
 
 

@@ -8,53 +8,40 @@ coefficient is 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import set_seed
 from trl.trainer.rloo_config import RLOOConfig
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.processes import is_main, join, launched, wait_for_all
-from infalign.rollouts.models import load_policy
+from infalign.processes import is_main, join
 from infalign.rollouts.progress import Progress
 from infalign.training.baseline import Baseline, BaselineTrainer
 from infalign.training.kl_control import KLController
-from infalign.training.landing import Landing, land
 from infalign.training.objective import FIXED, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.training.running import (
+    AlignmentResult,
+    Reference,
     common_settings,
-    last_checkpoint,
+    land_saved,
     lora_config,
-    out_of_memory,
+    quiet,
     read_result,
-    refuse_adapter,
-    run_trainer,
+    refusing_settings,
+    train,
     write_result,
 )
 from infalign.training.steering import Steering, TrainingStep
 from infalign.training.step_report import StepReport
-from infalign.training.trainer_settings import RELIED_ON
+from infalign.training.trainer_settings import RELIED_ON, divide_step
 
 ANNEAL = 0.25  # the default of `anneal`
-
-
-@dataclass(frozen=True)
-class AlignmentResult:
-    """A finished alignment."""
-
-    model: Path
-    beta: float
-    steps: list[TrainingStep]
-    landing: Landing | None = None  # how the KL budget was met; None without one
 
 
 def align(
@@ -80,7 +67,7 @@ def align(
     allow_pickle: bool = False,
     rloo: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> AlignmentResult:
+) -> AlignmentResult[TrainingStep]:
     """Align `policy` to the transformed reward and save it as an ordinary Hugging Face folder (or adapter) in `out`.
 
     An interrupted call, repeated with the same arguments, goes on from its last checkpoint (in `out/checkpoints`).
@@ -115,17 +102,16 @@ def align(
         TrainingError: If the loss or the KL stops being finite.
     """
     join()
-    if (out / "result.json").exists():
-        return _read_result(out)
+    if (finished := read_result(out, TrainingStep)) is not None:
+        return finished
     refuse_changed_objective(rloo or {})
     if not 0.0 <= anneal < 1.0:
         raise InputError(
             f"anneal is {anneal}", where="align", mend="Give a share of the steps: at least 0, less than 1"
         )
     set_seed(seed)
-    model, tokenizer = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    if hasattr(model, "peft_config"):  # the trainer's reference would be the bare base model
-        refuse_adapter(policy)
+    reference = Reference(policy, trust_remote_code, allow_pickle)
+    model, tokenizer = reference.load_to_train()
     reward.take_columns_from(prompts)
     controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
     callback = Steering(reward, controller, out / "steps.jsonl", steps, progress, anneal_steps=round(anneal * steps))
@@ -150,27 +136,15 @@ def align(
             overrides={**(rloo or {}), **({"save_total_limit": None} if keep_checkpoints else {})},
         ),
     )
-    if is_main():  # it removes what was cut short
-        last_checkpoint(out / "checkpoints")
-    wait_for_all()
-    checkpoint = last_checkpoint(out / "checkpoints")
-    callback.restore(checkpoint)
-    run_trainer(trainer, checkpoint)
-    wait_for_all()
-    trainer.save_model(str(out / "model"))
+    train(trainer, tokenizer, out, callback.restore)
     if not is_main():
         return AlignmentResult(out / "model", reward.beta, callback.steps)
-    (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
-    tokenizer.save_pretrained(str(out / "model"))
     landing = None
     if kl_budget is not None:
-        trained, _ = load_policy(out / "model", trust_remote_code=trust_remote_code)
-        reference, _ = load_policy(policy, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        where = list(kl_prompts or prompts)
-        landing = land(trained, reference, tokenizer, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
-        trained.save_pretrained(out / "model")
+        where = kl_prompts or prompts
+        landing = land_saved(out / "model", reference, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
-    write_result(out, result.beta, result.steps, result.landing, keep_checkpoints)
+    write_result(out, result, keep_checkpoints)
     return result
 
 
@@ -230,24 +204,12 @@ def _rloo_config(
     trust_remote_code: bool,
     overrides: Mapping[str, Any],
 ) -> RLOOConfig:
-    world_size = launched()
-    accumulation = overrides.get("gradient_accumulation_steps", 1)
-    if not isinstance(accumulation, int) or accumulation < 1:
-        raise InputError(
-            f"gradient_accumulation_steps={accumulation!r}", where="training.rloo", mend="Give a whole number from 1"
-        )
     rollouts_per_step = prompts_per_step * num_generations
-    if rollouts_per_step % (accumulation * world_size):
-        raise InputError(
-            f"{rollouts_per_step} rollouts per step do not divide among {world_size} processes × {accumulation} "
-            "accumulation steps",
-            where="training",
-            mend="Change prompts_per_step, num_generations or gradient_accumulation_steps",
-        )
+    batch, accumulation = divide_step(rollouts_per_step, "rollouts", overrides, "training.rloo")
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": rollouts_per_step // (accumulation * world_size),
+        "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "steps_per_generation": accumulation,
         # TRL's own baseline needs two; ours does not, so a single one is set behind its back.
@@ -277,7 +239,9 @@ def _make_trainer(
     baseline: Baseline,
     config: RLOOConfig,
 ) -> BaselineTrainer:
-    try:
+    with refusing_settings(
+        "See TRL's RLOOConfig and PEFT's LoraConfig for the fields of training.rloo and training.lora"
+    ):
         trainer = BaselineTrainer(
             baseline=baseline,
             model=model,
@@ -288,17 +252,8 @@ def _make_trainer(
             callbacks=[callback],
             peft_config=None if lora is None else lora_config(lora),
         )
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory() from error
-    except (ImportError, ValueError, RuntimeError) as error:  # a package that a setting needs, a module not found …
-        raise InputError(
-            f"the trainer does not take these settings ({str(error).strip()})",
-            where="training",
-            mend="See TRL's RLOOConfig and PEFT's LoraConfig for the fields of training.rloo and training.lora",
-        ) from error
     trainer.on_rollouts = StepReport(reward)
-    for chatty in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(chatty)
+    quiet(trainer)
     return trainer
 
 
@@ -314,9 +269,3 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])
-
-
-def _read_result(out: Path) -> AlignmentResult:
-    content = read_result(out)
-    return AlignmentResult(out / "model", content["beta"], [TrainingStep(**step) for step in content["steps"]],
-                           content["landing"])  # fmt: skip

@@ -1,23 +1,80 @@
-"""What every solver shares around a Hugging Face `Trainer`: adapters, checkpoints, failures that a setting mends."""
+"""The course of a training, the same for every solver: start, go on after a stop, save, land, write down the result.
+
+What happens in a step is the solver's own: a Hugging Face `Trainer` and a callback that keeps its record.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from infalign.data import Prompt
 from infalign.errors import InputError, TrainingError
-from infalign.training.landing import Landing
+from infalign.processes import is_main, wait_for_all
+from infalign.rollouts.models import load_policy
+from infalign.training.landing import Landing, land
 
 STATE = "infalign_state.json"  # what a solver keeps beside the trainer's own checkpoint, written last
 ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
+
+Step = TypeVar("Step")
+
+
+@dataclass(frozen=True)
+class AlignmentResult(Generic[Step]):
+    """A finished alignment.
+
+    Attributes:
+        model: Folder of the trained policy.
+        beta: Final KL coefficient.
+        steps: What every optimiser step saw, a dataclass of the solver's.
+        landing: How the KL budget was met; None without one.
+    """
+
+    model: Path
+    beta: float
+    steps: list[Step]
+    landing: Landing | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference policy: where training starts, and what the KL is measured from.
+
+    Attributes:
+        path: Folder or hub name.
+        trust_remote_code: Run code that comes with the model.
+        allow_pickle: Also accept weights that are not safetensors.
+    """
+
+    path: str | Path
+    trust_remote_code: bool
+    allow_pickle: bool
+
+    def load(self) -> tuple[Any, Any]:
+        """A copy of the model, and its tokenizer."""
+        return load_policy(self.path, trust_remote_code=self.trust_remote_code, allow_pickle=self.allow_pickle)
+
+    def load_to_train(self) -> tuple[Any, Any]:
+        """As `load`.
+
+        Raises:
+            InputError: If it is an adapter, whose bare base model would be taken for the reference.
+        """
+        model, tokenizer = self.load()
+        if hasattr(model, "peft_config"):
+            refuse_adapter(self.path)
+        return model, tokenizer
 
 
 def refuse_adapter(policy: str | Path) -> None:
@@ -45,6 +102,31 @@ def last_checkpoint(folder: Path) -> Path | None:
             return Path(newest)
         shutil.rmtree(newest)
     return None
+
+
+def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path | None], None]) -> None:
+    """Train from the start or from the last complete checkpoint, and save the policy in `out/model`.
+
+    Args:
+        trainer: Ready to train; its checkpoints go to `out/checkpoints`.
+        tokenizer: Saved beside the policy.
+        out: Folder of the training.
+        restore: Called with the checkpoint to go on from, or None, before training.
+
+    Raises:
+        TrainingError: As for `run_trainer`.
+    """
+    if is_main():  # it removes what was cut short
+        last_checkpoint(out / "checkpoints")
+    wait_for_all()
+    checkpoint = last_checkpoint(out / "checkpoints")
+    restore(checkpoint)
+    run_trainer(trainer, checkpoint)
+    wait_for_all()
+    trainer.save_model(str(out / "model"))
+    if is_main():
+        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and no part of the model
+        tokenizer.save_pretrained(str(out / "model"))
 
 
 def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -89,20 +171,59 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
         raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
 
 
-def write_result(out: Path, beta: float, steps: Sequence[Any], landing: Landing | None, keep_checkpoints: bool) -> None:
+@contextmanager
+def refusing_settings(mend: str) -> Iterator[None]:
+    """While a trainer is made: what it cannot be made with is the user's settings.
+
+    Raises:
+        InputError: With this mend: a package that a setting needs, a module that is not there …
+        TrainingError: The device ran out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory() from error
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the trainer does not take these settings ({str(error).strip()})", where="training", mend=mend
+        ) from error
+
+
+def quiet(trainer: Trainer) -> None:
+    """Without the trainer's own lines and bars on the terminal."""
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+
+
+def land_saved(
+    model_folder: Path,
+    reference: Reference,
+    prompts: Sequence[Prompt],
+    kl_budget: float,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> Landing:
+    """Bring a saved policy down on the KL budget, by the main process; arguments as for `land`."""
+    trained, _ = load_policy(model_folder, trust_remote_code=reference.trust_remote_code)
+    start, tokenizer = reference.load()
+    landing = land(trained, start, tokenizer, prompts, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
+    trained.save_pretrained(model_folder)
+    return landing
+
+
+def write_result(out: Path, result: AlignmentResult[Any], keep_checkpoints: bool) -> None:
     """Write `result.json`, the last file of a training: a folder without it is unfinished. Tidy up the checkpoints.
 
     Args:
         out: Folder of the training.
-        beta: Final KL coefficient.
-        steps: What every step saw, dataclasses.
-        landing: How the KL budget was met.
+        result: What to write.
         keep_checkpoints: Keep the model of every checkpoint.
     """
     content = {
-        "beta": beta,
-        "landing": None if landing is None else asdict(landing),
-        "steps": [asdict(step) for step in steps],
+        "beta": result.beta,
+        "landing": None if result.landing is None else asdict(result.landing),
+        "steps": [asdict(step) for step in result.steps],
     }
     temporary = out / "result.json.tmp"
     temporary.write_text(json.dumps(content))
@@ -114,11 +235,13 @@ def write_result(out: Path, beta: float, steps: Sequence[Any], landing: Landing 
             path.unlink()
 
 
-def read_result(out: Path) -> dict[str, Any]:
-    """What `write_result` wrote: beta, steps (as dictionaries) and landing."""
+def read_result(out: Path, step: Callable[..., Step]) -> AlignmentResult[Step] | None:
+    """What `write_result` wrote, with steps of this class; None if the training is unfinished."""
+    if not (out / "result.json").exists():
+        return None
     content = json.loads((out / "result.json").read_text())
-    content["landing"] = None if content["landing"] is None else Landing(**content["landing"])
-    return content
+    landing = None if content["landing"] is None else Landing(**content["landing"])
+    return AlignmentResult(out / "model", content["beta"], [step(**one) for one in content["steps"]], landing)
 
 
 def common_settings(*, steps: int, learning_rate: float, seed: int, save_steps: int) -> dict[str, Any]:

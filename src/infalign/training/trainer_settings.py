@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infalign.errors import InputError
+from infalign.processes import launched
 
 # Fields that the recipe sets elsewhere, and where.
 ELSEWHERE: dict[str, str] = {
@@ -57,3 +58,34 @@ def refuse_settings(
                 where=where,
                 mend=f"Remove {name}",
             )
+
+
+def divide_step(per_step: int, kind: str, given: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """How a step's rollouts or examples divide among processes and accumulation steps.
+
+    Args:
+        per_step: How many there are.
+        kind: What they are.
+        given: The user's fields, which may have `gradient_accumulation_steps`.
+        where: Their section of the recipe.
+
+    Returns:
+        How many make one batch of one process, and the accumulation steps.
+
+    Raises:
+        InputError: If they do not divide.
+    """
+    accumulation = given.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise InputError(
+            f"gradient_accumulation_steps={accumulation!r}", where=where, mend="Give a whole number from 1"
+        )
+    batches = accumulation * launched()
+    if per_step < 1 or per_step % batches:
+        raise InputError(
+            f"{per_step} {kind} per step do not divide among {launched()} processes × {accumulation} "
+            "accumulation steps",
+            where="training",
+            mend="Change prompts_per_step, num_generations or gradient_accumulation_steps",
+        )
+    return per_step // batches, accumulation
