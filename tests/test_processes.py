@@ -66,6 +66,14 @@ def launch(job, *arguments):
     return subprocess.run(command, cwd=job, env=dict(os.environ), capture_output=True, text=True, timeout=300)
 
 
+def apart(job, one, two, name):
+    """Largest difference between the weights of two runs, as a share of how far they moved."""
+    start = load_file(job / "policy/model.safetensors")
+    first, second = (load_file(job / run / "policies" / name / "model/model.safetensors") for run in (one, two))
+    moved = max(np.abs(first[key] - start[key]).max() for key in start)
+    return max(np.abs(first[key] - second[key]).max() for key in start) / moved
+
+
 def test_two_processes_train_as_one_does(job, monkeypatch):
     monkeypatch.syspath_prepend(str(job))
     alone = Pipeline(load_recipe(job / "recipe.yaml", []), job / "one", Recorder()).run()
@@ -84,13 +92,31 @@ def test_two_processes_train_as_one_does(job, monkeypatch):
     assert one[-1]["beta"] != one[0]["beta"]
     for name in ("kl", "beta", "calibrated_reward", "raw_reward", "win_rate", "tie_mass", "mean_length"):
         assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-3, abs=1e-5), name
-    weights = [load_file(job / run / "policies/self-consistent/model/model.safetensors") for run in ("one", "two")]
-    start = load_file(job / "policy/model.safetensors")
-    moved = max(np.abs(weights[0][name] - start[name]).max() for name in start)
-    apart = max(np.abs(weights[0][name] - weights[1][name]).max() for name in start)
-    assert apart < 1e-3 * moved
+    assert apart(job, "one", "two", "self-consistent") < 1e-3
     assert together["results"][0]["kl"]["estimate"] == pytest.approx(alone["results"][0]["kl"]["estimate"], rel=1e-2)
     assert not (job / "two/policies/self-consistent/checkpoints").exists()
+
+
+def test_two_processes_fit_stored_rollouts_as_one_does(job, monkeypatch):
+    """Regression, with gradient accumulation: the same examples in every step, and one landing."""
+    monkeypatch.syspath_prepend(str(job))
+    settings = [
+        "transform=identity",
+        "rollouts.num_ref=8",
+        "training={solver: offline-regression, steps: 6, prompts_per_step: 1, num_generations: 8, save_steps: 4, "
+        "learning_rate: 3.0e-3, offline: {gradient_accumulation_steps: 2}}",
+    ]
+    Pipeline(load_recipe(job / "recipe.yaml", settings), job / "fit-one", Recorder()).run()
+    finished = launch(job, "--out", "fit-two", *(word for one in settings for word in ("--set", one)))
+    assert finished.returncode == 0, finished.stderr
+    one, two = (json.loads((job / run / "policies/identity/result.json").read_text()) for run in ("fit-one", "fit-two"))
+    assert len(one["steps"]) == 6
+    assert max(step["kl"] for step in one["steps"]) > 0.05, "the policy moves; 0.12 was seen"
+    for name in ("loss", "kl", "log_ratio"):
+        seen = [[step[name] for step in run["steps"]] for run in (one, two)]
+        assert seen[1] == pytest.approx(seen[0], rel=1e-3, abs=1e-5), name  # 5e-6 was seen
+    assert two["landing"] == pytest.approx(one["landing"], rel=1e-2)
+    assert apart(job, "fit-one", "fit-two", "identity") < 1e-3
 
 
 @pytest.mark.parametrize(
