@@ -37,6 +37,7 @@ from infalign.testbed.examples import Pair
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
+from infalign.training.baselines import RawReward, beta_for_kl
 from infalign.training.online import align
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -45,14 +46,6 @@ from infalign.transforms import Identity
 PHRASE = "Return"
 NUM_REF, NUM_SAMPLES, MAX_NEW_TOKENS, SEED = 32, 32, 24, 0
 PROCEDURES = [Standard(), BestOfN(2), BestOfN(4), BestOfN(8), BestOfN(16)]
-
-
-class RawReward(TransformedReward):
-    """Plain RLHF: the reward as it is, over β; calibration only watches."""
-
-    def tilt(self, rewards: np.ndarray, prompt_id: list[str]) -> np.ndarray:
-        """r/β."""
-        return np.asarray(rewards) / self.beta
 
 
 def corrupted(pairs: list[Pair]) -> tuple[list[Pair], int, int]:
@@ -112,13 +105,13 @@ def rewards_for(
     calibrator: RewardCalibrator,
     ids: list[str],
     kl: float,
-    spread: float,
 ) -> TransformedReward:
     """What a method maximises, with a first β that the controller steers."""
     procedure = BestOfN(4)
     if name == "raw":
-        # A Gaussian reward of standard deviation s tilted by r/β costs s²/(2β²) nats.
-        return RawReward(source, calibrator, ids, Identity(), spread / np.sqrt(2 * kl))
+        reward = RawReward(source, calibrator, ids, 1.0)
+        reward.beta = beta_for_kl(reward, kl)
+        return reward
     if name == "identity":
         return TransformedReward(source, calibrator, ids, Identity(), tilt_at_kl(Identity(), kl).beta)
     transform = SelfConsistentTransform(procedure)
@@ -192,18 +185,17 @@ def main() -> None:
     results, phrase = [], {"reference": with_phrase(ref_store, evaluation.ids, proxy.key)}
     for number, name in enumerate(options.methods, start=2):
         folder = out / f"{name}-{options.kl:g}-{options.steps}"
-        spread = float(ref_rewards_PK.std(axis=1).mean())
         aligned = align(
             out / "reference",
             folder,
             train[kept:],
-            rewards_for(name, proxy, calibrator, train.ids, options.kl, spread),
+            rewards_for(name, proxy, calibrator, train.ids, options.kl),
             max_new_tokens=MAX_NEW_TOKENS,
             steps=options.steps,
             prompts_per_step=16,
             num_generations=16,
             learning_rate=2e-4,
-            baseline="leave-one-out",  # the other one is known for calibrated rewards only
+            baseline="leave-one-out",  # of raw rewards log Z is not known, only estimated
             kl_budget=options.kl,
             kl_prompts=train[:kept],
             seed=SEED,
