@@ -74,17 +74,39 @@ def test_a_quantile_is_a_number_between_0_and_1():
         make(LogSigmoidReward, quantile=85)
 
 
-@pytest.mark.slow
-def test_rl_on_standardised_rewards_ends_at_its_fixed_point(tmp_path):
-    """p·exp(r/(β σ)), σ the standard deviation of r under the policy itself: not the optimum at any one β."""
-    testbed = Testbed(tmp_path / "reference", vocabulary=6)
-    ids = [prompt.id for prompt in PROMPTS]
-    beta = 1.2  # below about 0.9 there is no fixed point: the policy goes on to its best response alone
-    reward = StandardisedReward(FunctionReward(hashed_reward), testbed.calibrator, ids, beta)
-    result = align(
-        testbed.reference, tmp_path / "out", PROMPTS, reward, max_new_tokens=TOKENS, steps=150, prompts_per_step=2,
+@pytest.fixture(scope="module")
+def testbed(tmp_path_factory):
+    return Testbed(tmp_path_factory.mktemp("enumerable") / "reference", vocabulary=6)
+
+
+def online(testbed, out, kind, beta):
+    """The policy that the online solver ends at."""
+    reward = kind(FunctionReward(hashed_reward), testbed.calibrator, [prompt.id for prompt in PROMPTS], beta)
+    return align(
+        testbed.reference, out, PROMPTS, reward, max_new_tokens=TOKENS, steps=150, prompts_per_step=2,
         num_generations=256, learning_rate=1e-2, save_steps=10_000,
-    )  # fmt: skip
+    ).model  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "beta"), [(RawReward, 0.25), (LogSigmoidReward, 0.15)], ids=["raw", "log-sigmoid"])
+def test_rl_on_a_fixed_utility_ends_at_its_optimum(testbed, tmp_path, kind, beta):
+    """p·exp(u/β)/Z by enumeration, u written out here: r, and log of σ(r − 85 % quantile of the references)."""
+    expected = []
+    for row, (prompt, responses) in enumerate(zip(PROMPTS, testbed.responses, strict=True)):
+        r, logp = testbed.rewards(prompt, responses), np.array(list(responses.values()))
+        centre = np.sort(testbed.calibrator.ref_rewards_PK[row])[[216, 217]] @ [0.25, 0.75]  # 255 · 0.85 = 216.75
+        expected.append(softmax(logp + (r if kind is RawReward else -np.log(1 + np.exp(centre - r))) / beta))
+    assert min(testbed.distances(testbed.reference, expected)) > 0.3, "the optimum is far from where training starts"
+    # 0.0009 (raw) and 0.0014 (log-sigmoid) were seen; a sharper log-sigmoid, β = 0.1, was at 0.019 after these steps.
+    assert max(testbed.distances(online(testbed, tmp_path, kind, beta), expected)) < 0.02
+
+
+@pytest.mark.slow
+def test_rl_on_standardised_rewards_ends_at_its_fixed_point(testbed, tmp_path):
+    """p·exp(r/(β σ)), σ the standard deviation of r under the policy itself: not the optimum at any one β."""
+    beta = 1.2  # below about 0.9 there is no fixed point: the policy goes on to its best response alone
+    model = online(testbed, tmp_path, StandardisedReward, beta)
     expected, at_the_start = [], []
     for prompt, responses in zip(PROMPTS, testbed.responses, strict=True):
         r, logp = testbed.rewards(prompt, responses), np.array(list(responses.values()))
@@ -98,7 +120,7 @@ def test_rl_on_standardised_rewards_ends_at_its_fixed_point(tmp_path):
     assert max(apart) > 0.04, "σ under the reference would give another policy"
     assert min(testbed.distances(testbed.reference, expected)) > 0.3
     # Seeded. The same tolerance as for the solvers, and noise of groups of 128 in σ.
-    assert max(testbed.distances(result.model, expected)) < 0.03
+    assert max(testbed.distances(model, expected)) < 0.03
 
 
 # --- losses ---
