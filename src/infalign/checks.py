@@ -59,7 +59,24 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
 def _check_training(recipe: Recipe) -> None:
     """Refuse settings that a solver or baseline of the recipe would stumble over."""
     training = recipe.training
-    if training.solver == "online" or any(is_online(one) for one in recipe.baselines):
+    online = training.solver == "online" or any(is_online(one) for one in recipe.baselines)
+    offline = training.solver != "online" or not all(is_online(one) for one in recipe.baselines)
+    for used, name, given in ((online, "rloo", training.rloo), (offline, "offline", training.offline)):
+        if given and not used:
+            raise InputError(
+                f"nothing in this recipe takes these settings ({', '.join(given)}): the solver is {training.solver}",
+                where=f"training.{name}",
+                mend=f"Remove them, or use training.{'offline' if name == 'rloo' else 'rloo'}",
+            )
+    for baseline in recipe.baselines:
+        if int(baseline.get("n", 2)) > recipe.rollouts.num_ref:
+            raise InputError(
+                f"{baseline['baseline']} takes the best and the worst of {int(baseline['n'])}, but there are only "
+                f"{recipe.rollouts.num_ref} reference rollouts per prompt",
+                where="compare_with",
+                mend="Use a smaller n, or more rollouts.num_ref",
+            )
+    if online:
         settings = {key: value for key, value in training.online.items() if key != "keep_checkpoints"}
         check_training(max_new_tokens=recipe.rollouts.max_new_tokens, **settings)
     if len(recipe.reward) > 1 and any(is_online(one) for one in recipe.baselines):

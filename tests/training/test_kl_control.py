@@ -62,6 +62,9 @@ def test_a_budget_is_a_positive_number(budget):
 
 
 def test_a_landing_at_its_limit_says_that_the_budget_is_missed():
-    assert "missed" not in str(Landing(1.2, 0.25, 0.3, 0.01))
-    assert "train longer" in str(Landing(1.5, 0.1, 0.21, 0.01))
-    assert "larger beta" in str(Landing(0.5, 2.0, 0.6, 0.01))
+    assert "no scale" not in str(Landing(1.2, 0.25, 0.3, 0.01, 0.3))
+    assert "train longer" in str(Landing(1.5, 0.1, 0.21, 0.01, 0.3))
+    assert "lower the learning rate" in str(Landing(0.5, 2.0, 0.6, 0.01, 0.3))
+    # Where the KL hardly depends on the scale, 1 may be the best of scales that all miss by far.
+    assert "lower the learning rate" in str(Landing(1.0, 7.95, 7.95, 0.27, 0.5))
+    assert "higher learning rate" in str(Landing(1.2, 0.1, 0.2, 0.01, 0.5))

@@ -25,7 +25,7 @@ beta: 0.2
 transform: identity
 compare_with: [{baseline: raw}, {baseline: standardised}, {baseline: log-sigmoid}, {baseline: qrpo},
   {baseline: dpo, n: 4}, {baseline: ipo}, {baseline: bonbon, n: 2}]
-training: {steps: 2, prompts_per_step: 2, num_generations: 4, learning_rate: 1.0e-3, solver: offline-regression}
+training: {steps: 3, prompts_per_step: 2, num_generations: 4, learning_rate: 1.0e-3, solver: offline-regression}
 evaluation: {num_samples: 4, procedures: [standard, best-of-2]}
 """
 REWARDS = """
@@ -78,6 +78,15 @@ def test_every_solver_and_baseline_is_trained_and_evaluated_like_the_others(job,
     assert done == ["Align (identity)"]
 
 
+@pytest.mark.slow
+def test_mixed_training_of_the_self_consistent_transform_is_a_recipe_too(job, tmp_path):
+    mixed = ("training.solver=mixed", "training.refresh_every=2", "transform=self-consistent", "compare_with=[]")
+    result, _ = run(job, tmp_path, *mixed)
+    assert [one["label"] for one in result["results"]] == ["self-consistent"]
+    steps = [json.loads(line) for line in (tmp_path / "policies/self-consistent/steps.jsonl").read_text().splitlines()]
+    assert [step["kl"] is None for step in steps] == [False, False, False], "one round was drawn after the first step"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -89,6 +98,7 @@ def test_every_solver_and_baseline_is_trained_and_evaluated_like_the_others(job,
         ("compare_with=[{baseline: dpo}, {baseline: dpo}]", "repeats"),
         ("training.solver=offline", "training.solver: "),
         ("training.refresh_every=1", r"training\.refresh_every: "),
+        ("training={solver: mixed, steps: 10, refresh_every: 10}", "would see no fresh rollouts"),
         ("transform=self-consistent", "self-consistent transform follows the policy's own rollouts"),
         ("transform={baseline: raw}", "a transform is one of"),
     ],
@@ -101,6 +111,15 @@ def test_names_and_settings_are_checked(override, message, tmp_path):
 def test_settings_are_checked_before_anything_is_computed(job, tmp_path):
     with pytest.raises(InputError, match=r"training\.offline.*lerning_rate|lerning_rate"):
         run(job, tmp_path, "training.offline={lerning_rate: 1}")
+    alone = ("compare_with=[]", "training.solver=weighted-likelihood")
+    with pytest.raises(
+        InputError, match=r"training\.rloo: nothing in this recipe takes these settings \(temperature\)"
+    ):
+        run(job, tmp_path, *alone, "training.rloo={temperature: 0.5}")
+    with pytest.raises(InputError, match=r"training\.offline: nothing in this recipe takes these settings"):
+        run(job, tmp_path, "compare_with=[]", "training.solver=online", "training.offline={weight_decay: 0.1}")
+    with pytest.raises(InputError, match="takes the best and the worst of 99, but there are only"):
+        run(job, tmp_path, "compare_with=[{baseline: dpo, n: 99}]")
     with pytest.raises(InputError, match="raw rewards needs one reward"):
         run(job, tmp_path, "reward=[{function: 'toy_rewards:vowels'}, {function: 'toy_rewards:vowels'}]")
     assert not (tmp_path / "rollouts").exists()

@@ -77,10 +77,15 @@ class Recipe(Section):
         names = [*map(transform_name, self.transforms), *map(baseline_name, self.baselines)]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
-        if self.training.solver != "online" and "self-consistent" in names:
+        if self.training.solver not in ("online", "mixed") and "self-consistent" in names:
             raise ValueError(
                 f"the self-consistent transform follows the policy's own rollouts; with training.solver "
                 f"{self.training.solver} use optimal"
+            )
+        if self.training.solver == "mixed" and self.training.steps <= self.training.refresh_every:
+            raise ValueError(
+                f"training.refresh_every is {self.training.refresh_every}, so that {self.training.steps} steps of "
+                "mixed training would see no fresh rollouts; make it smaller"
             )
         if "reference" in names:
             raise ValueError("a transform file cannot be called reference: its name names the aligned policy")

@@ -37,24 +37,28 @@ class Landing:
         kl_before: Sequence KL of the trained policy on the steering prompts, in nats.
         kl: The same after scaling.
         standard_error: Of `kl`, clustered by prompt.
+        kl_budget: What it should have been, in nats; None in results of earlier versions.
     """
 
     scale: float
     kl_before: float
     kl: float
     standard_error: float
+    kl_budget: float | None = None
 
     @property
-    def stopped_by_limit(self) -> bool:
-        """Whether the budget would have taken more scaling than allowed, so that it was missed."""
-        return self.scale in (SMALLEST, LARGEST)
+    def missed(self) -> bool:
+        """Whether the budget was out of reach: scaling stopped at its limit, or no scale came within a tenth of it."""
+        far = self.kl_budget is not None and abs(self.kl / self.kl_budget - 1) > 0.1
+        return far or self.scale in (SMALLEST, LARGEST)
 
     def __str__(self) -> str:
         told = f"landed at {self.kl:.3f} ± {self.standard_error:.3f} nats by scaling the update by {self.scale:.2f}"
         told += f" (it came in at {self.kl_before:.3f})"
-        if self.stopped_by_limit:
-            advice = "train longer, or start at a smaller beta" if self.scale == LARGEST else "start at a larger beta"
-            told += f"; no further, so the KL budget is missed: {advice}"
+        if self.missed:
+            too_little = self.scale == LARGEST or (self.kl_budget is not None and self.kl < self.kl_budget)
+            advice = "train longer, or at a higher learning rate" if too_little else "lower the learning rate"
+            told += f"; no scale within {SMALLEST} to {LARGEST} meets the KL budget: {advice}"
         return told
 
 
@@ -101,7 +105,7 @@ def land(
         scale = proposed
     scale, kl, error = min(rounds, key=lambda one: abs(math.log(max(one[1], 1e-12) / kl_budget)))
     update.set(scale)
-    return Landing(scale=scale, kl_before=rounds[0][1], kl=kl, standard_error=error)
+    return Landing(scale=scale, kl_before=rounds[0][1], kl=kl, standard_error=error, kl_budget=kl_budget)
 
 
 class _Update:
