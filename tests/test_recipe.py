@@ -62,6 +62,8 @@ def test_a_hub_name_stays_a_hub_name(tmp_path):
         ("procedure=best-of-0", r"procedure: "),
         ("transform=sharp", r"transform: a transform is one of: optimal"),
         ("compare_with=[optimal]", r"compare_with repeats"),
+        ("compare_with=[raw]", r"compare_with\.0: raw is a baseline, not a transform; write \{baseline: raw\}"),
+        ("compare_with=[identity, dpo]", r"compare_with\.1: dpo is a baseline.*\{baseline: dpo\}"),
         ("evaluation.num_samples=2", r"evaluation.num_samples is 2, but its procedures draw up to 4"),
         ("policy.model=null", r"policy\.model is missing"),
         ("reward.model=x", r"give one of model, function and url"),

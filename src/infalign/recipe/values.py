@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from infalign.errors import InputError
 from infalign.procedures import procedure_from_dict, procedure_from_name
 from infalign.procedures.measured import MeasuredProcedure
-from infalign.recipe.baselines import baseline_value
+from infalign.recipe.baselines import SETTINGS, baseline_value
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
@@ -48,7 +48,11 @@ def _transform_value(value: Any) -> Any:
 
 def _compared_value(value: Any) -> Any:
     """A transform, or a baseline: `{baseline: raw}`."""
-    return baseline_value(value) if isinstance(value, Mapping) and "baseline" in value else _transform_value(value)
+    if isinstance(value, Mapping) and "baseline" in value:
+        return baseline_value(value)
+    if isinstance(value, str) and value in SETTINGS:
+        raise ValueError(f"{value} is a baseline, not a transform; write {{baseline: {value}}}")
+    return _transform_value(value)
 
 
 def _exponent(value: float | str) -> float:
