@@ -258,10 +258,14 @@ def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
 def test_stage_by_stage_gives_the_same_and_refuses_to_skip(job, finished, tmp_path):
     _, result, _ = finished
     out = tmp_path / "stages"
-    with pytest.raises(MismatchError, match="has not been done"):
-        run(job, out, only="train")
+    for only in ("calibrate", "train", "evaluate", "report"):
+        with pytest.raises(MismatchError, match=r"'prompts' has not been done.*`infalign rollout RECIPE`"):
+            run(job, out, only=only)
     results = {only: run(job, out, only=only)[0] for only in ("rollout", "calibrate", "train", "evaluate", "report")}
     assert results["report"]["results"] == result["results"]
+    (out / "stages" / "evaluation-optimal.json").unlink()
+    with pytest.raises(MismatchError, match=r"'evaluation-optimal' has not been done.*`infalign evaluate RECIPE`"):
+        run(job, out, only="report")
     drawn = results["rollout"]
     prompts = len((out / "prompts" / "train.jsonl").read_text().splitlines())
     assert (drawn["prompts"], drawn["rollouts"], drawn["unscored"]) == (prompts, 4 * prompts, 0)

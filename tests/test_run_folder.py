@@ -46,15 +46,15 @@ def test_other_settings_put_the_old_outputs_aside(tmp_path):
 
 def test_require_says_what_differs(tmp_path):
     folder = RunFolder(tmp_path / "run", "demo")
-    with pytest.raises(MismatchError, match="'work' has not been done"):
-        folder.require("work", {"k": 1})
+    with pytest.raises(MismatchError, match=r"'work' has not been done. Do it first with `infalign work RECIPE`"):
+        folder.require("work", {"k": 1}, "infalign work RECIPE")
     folder.begin("work", {"k": 1, "same": 0}, [])
     with pytest.raises(MismatchError, match="has not been done"):
-        folder.require("work", {"k": 1, "same": 0})
+        folder.require("work", {"k": 1, "same": 0}, "infalign work RECIPE")
     folder.finish("work", 1.0)
-    folder.require("work", {"k": 1, "same": 0})
+    folder.require("work", {"k": 1, "same": 0}, "infalign work RECIPE")
     with pytest.raises(MismatchError, match=r"k: 1 then, 2 now") as caught:
-        folder.require("work", {"k": 2, "same": 0})
+        folder.require("work", {"k": 2, "same": 0}, "infalign work RECIPE")
     assert "same" not in str(caught.value)
 
 
@@ -76,7 +76,7 @@ def test_whatever_differs_is_said(tmp_path, then, now, said):
     folder.begin("work", then, [])
     folder.finish("work", 1.0)
     with pytest.raises(MismatchError) as caught:
-        folder.require("work", now)
+        folder.require("work", now, "infalign work RECIPE")
     assert f"({said})" in str(caught.value)
 
 

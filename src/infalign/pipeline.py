@@ -437,7 +437,7 @@ class Pipeline:
         """Do one stage unless it is done; of a group that was not asked for, only make sure that it is done."""
         title = title or name.capitalize()
         if self._only is not None and group != self._only:
-            self.folder.require(name, settings)
+            self.folder.require(name, settings, f"infalign {group} RECIPE")
             return
         if not self.folder.begin(name, settings, outputs):
             self.reporter.say(f"{title}: done before")

@@ -134,18 +134,23 @@ class RunFolder:
         assert stamp is not None, "finish follows begin"
         self._write_stamp(stage, StageStamp(stamp.fingerprint, stamp.settings, done=True, seconds=seconds))
 
-    def require(self, stage: str, settings: Mapping[str, Any]) -> None:
+    def require(self, stage: str, settings: Mapping[str, Any], command: str) -> None:
         """Refuse to build on a stage that is missing, unfinished or made with other settings.
 
+        Args:
+            stage: Its name.
+            settings: What it should have been done with.
+            command: The command that does it.
+
         Raises:
-            MismatchError: Saying which settings differ.
+            MismatchError: Saying which command does it, or which settings differ.
         """
         stamp = self.stamp(stage)
         if stamp is None or not stamp.done:
             raise MismatchError(
                 f"the stage {stage!r} has not been done",
                 where=str(self.path),
-                mend="Do it first, or use `infalign run`",
+                mend=f"Do it first with `{command}`, or do everything with `infalign run RECIPE`",
             )
         if stamp.fingerprint != fingerprint(settings):
             raise MismatchError(
