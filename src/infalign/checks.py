@@ -320,7 +320,9 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     names = [*transforms, *baselines]
     training, rollouts, evaluation = recipe.training, recipe.rollouts, recipe.evaluation
     reference_rollouts = recipe.prompts.train * rollouts.num_ref
-    training_rollouts = training.steps * training.prompts_per_step * training.num_generations * len(names)
+    training_rollouts = _rollouts_drawn_in_training(recipe)
+    per_model = f"{counted(training.steps, 'step')} of {training.prompts_per_step} × {training.num_generations}"
+    stored = training.solver != "online" or not all(is_online(one) for one in recipe.baselines)
     evaluation_rollouts = recipe.prompts.evaluation * evaluation.num_samples * (len(names) + 1)
     lines = [
         f"Recipe {recipe.name}, run folder {out}",
@@ -336,8 +338,12 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     lines += [
         f"Reference rollouts: up to {counted(recipe.prompts.train, 'prompt')} × {rollouts.num_ref} = "
         f"{reference_rollouts:,}",
-        f"Training ({training.solver}): {len(names)} × {counted(training.steps, 'step')} of "
-        f"{training.prompts_per_step} × {training.num_generations} = {counted(training_rollouts, 'rollout')}",
+        f"Training ({training.solver}): {len(names)} × {per_model}"
+        + (
+            f" rollouts; {training_rollouts:,} are drawn for it, the others are stored ones"
+            if stored
+            else f" = {counted(training_rollouts, 'rollout')}"
+        ),
         f"Evaluation: {counted(len(names) + 1, 'model')} × up to {counted(recipe.prompts.evaluation, 'prompt')} "
         f"× {evaluation.num_samples} = {counted(evaluation_rollouts, 'rollout')}",
     ]
@@ -359,6 +365,18 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
         size = f"{mebibytes / 1024:.1f} GiB" if mebibytes > 1024 else f"{mebibytes:.1f} MiB"
         lines.append(f"Training memory before activations: about {size} in 32-bit numbers")
     return {"text": "\n".join(lines), **numbers}
+
+
+def _rollouts_drawn_in_training(recipe: Recipe) -> int:
+    """How many rollouts all trainings draw: none on stored rollouts, but for the mixed solver's rounds."""
+    training = recipe.training
+    online = sum(is_online(one) for one in recipe.baselines)
+    batches = training.steps * online
+    if training.solver == "online":
+        batches += training.steps * len(recipe.transforms)
+    elif training.solver == "mixed":  # one round for every window of steps but the first
+        batches += (training.steps - 1) // training.refresh_every * len(recipe.transforms)
+    return batches * training.prompts_per_step * training.num_generations
 
 
 def _first_line(error: Exception) -> str:

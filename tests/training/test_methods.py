@@ -4,12 +4,14 @@ import json
 import sys
 
 import pytest
+from transformers import TrainerState
 
 from infalign.errors import InputError
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe, parse_recipe
 from infalign.recipe.baselines import baseline_name
 from infalign.testbed.toy import random_llama
+from infalign.training.fresh import FreshRollouts
 from tests.runs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -123,6 +125,45 @@ def test_settings_are_checked_before_anything_is_computed(job, tmp_path):
     with pytest.raises(InputError, match="raw rewards needs one reward"):
         run(job, tmp_path, "reward=[{function: 'toy_rewards:vowels'}, {function: 'toy_rewards:vowels'}]")
     assert not (tmp_path / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "batches", "said"),
+    [
+        # Three baselines draw in each of the 3 steps; the other four never do, and only the solver differs.
+        ("training.solver=offline-regression", 9, "8 × 3 steps of 2 × 4 rollouts; 72 are drawn for it"),
+        ("training.solver=weighted-likelihood", 9, "; 72 are drawn for it, the others are stored ones"),
+        ("training.solver=online", 12, "; 96 are drawn for it"),
+        ("compare_with=[{baseline: qrpo}, {baseline: dpo}]", 0, "3 × 3 steps of 2 × 4 rollouts; 0 are drawn for it"),
+    ],
+)
+def test_the_plan_counts_the_rollouts_that_training_draws(job, tmp_path, override, batches, said):
+    plan = Pipeline(load_recipe(job / "recipe.yaml", [override]), tmp_path / "run", Recorder()).check()
+    assert plan["training_rollouts"] == batches * 2 * 4
+    assert said in plan["text"]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(3, 2), (4, 2), (5, 2), (11, 10), (20, 10), (30, 7)])
+def test_the_plan_counts_the_rounds_that_the_mixed_solver_draws(job, tmp_path, steps, every):
+    """Against the steps after which the callback itself draws one."""
+
+    class Counted(FreshRollouts):
+        rounds = 0
+
+        def _add(self, window, policy):
+            self.rounds += 1
+
+    fresh = Counted(None, every=every, num_prompts=2, num_samples=4)
+    for step in range(1, steps + 1):
+        fresh.on_step_end(None, TrainerState(global_step=step, max_steps=steps), None)
+    settings = [
+        "training.solver=mixed",
+        f"training.refresh_every={every}",
+        f"training.steps={steps}",
+        "compare_with=[]",
+    ]
+    plan = Pipeline(load_recipe(job / "recipe.yaml", settings), tmp_path / "run", Recorder()).check()
+    assert plan["training_rollouts"] == fresh.rounds * 2 * 4
 
 
 def test_a_name_can_be_a_folder():
