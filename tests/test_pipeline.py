@@ -173,6 +173,20 @@ def test_a_changed_setting_redoes_exactly_what_depends_on_it(job, finished, tmp_
     assert sorted(recorder.done) == sorted(redone)
 
 
+def test_evaluation_rollouts_of_unknown_origin_are_put_aside_and_drawn_anew(job, finished, tmp_path):
+    """Nothing says any more which training they belong to, and the next one gives another model."""
+    out, _, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    (copy / "stages" / "evaluation-optimal.json").unlink()
+    before = RolloutStore.read(copy / "rollouts" / "evaluation-optimal").key
+    _, recorder = run(job, copy, "training.steps=2")
+    assert "Fresh rollouts (optimal)" in recorder.done
+    assert RolloutStore.read(copy / "rollouts" / "evaluation-optimal").key.model != before.model
+    (kept,) = copy.glob("superseded/evaluation-optimal-unknown-*/rollouts/evaluation-optimal")
+    assert RolloutStore.read(kept).key == before
+
+
 def test_a_gold_reward_judges_and_redoes_only_scoring_and_measuring(job, finished, tmp_path):
     from infalign.rollouts.store import RolloutStore
 

@@ -44,6 +44,15 @@ def test_other_settings_put_the_old_outputs_aside(tmp_path):
     assert json.loads(kept.read_text()) == "precious"
 
 
+def test_outputs_without_a_stamp_are_put_aside(tmp_path):
+    folder = RunFolder(tmp_path / "run", "demo")
+    write_json(folder.path / "deep" / "work.txt", "precious")
+    assert folder.begin("work", {"k": 1}, ["deep/work.txt"])
+    assert not (folder.path / "deep" / "work.txt").exists()
+    (kept,) = (folder.path / "superseded").rglob("work.txt")
+    assert json.loads(kept.read_text()) == "precious"
+
+
 def test_require_says_what_differs(tmp_path):
     folder = RunFolder(tmp_path / "run", "demo")
     with pytest.raises(MismatchError, match=r"'work' has not been done. Do it first with `infalign work RECIPE`"):

@@ -123,8 +123,8 @@ class RunFolder:
         stamp, mine = self.stamp(stage), fingerprint(settings)
         if stamp is not None and stamp.fingerprint == mine:
             return not stamp.done
-        if stamp is not None:
-            self._supersede(stage, stamp, outputs)
+        # Outputs that no stamp vouches for may be of any settings: they are put aside as those of other settings are.
+        self._supersede(stage, "unknown" if stamp is None else stamp.fingerprint, outputs)
         self._write_stamp(stage, StageStamp(mine, dict(settings), done=False))
         return True
 
@@ -159,12 +159,12 @@ class RunFolder:
                 mend="Use `infalign run` to redo what changed, or another folder with --out",
             )
 
-    def _supersede(self, stage: str, stamp: StageStamp, outputs: Iterable[str]) -> None:
-        """Put the outputs of other settings aside; nothing is deleted."""
+    def _supersede(self, stage: str, made_by: str, outputs: Iterable[str]) -> None:
+        """Put the outputs of other or unknown settings aside; nothing is deleted."""
         for output in outputs:
             source = self.path / output
             if source.exists():
-                target = self.path / "superseded" / f"{stage}-{stamp.fingerprint[:8]}-{int(time.time())}" / output
+                target = self.path / "superseded" / f"{stage}-{made_by[:8]}-{int(time.time())}" / output
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(target)
 
