@@ -275,6 +275,10 @@ def test_a_reward_server():
     ):
         with Server(lambda *request, body=body: (200, {}, body)) as server, pytest.raises(RewardError, match=message):
             HTTPReward(endpoint(server), name="bad").score(["p", "q"], ["a", "b"])
+    with Server(lambda *request: (200, {}, b'{"rewards": [NaN]}')) as server:
+        source = HTTPReward(endpoint(server), name="bad", batch_size=1)
+        with pytest.raises(RewardError, match=r"to prompt id-[12]: the reward is nan"):
+            source.score_rows(["p", "q"], ["a", "b"], prompt_id=["id-1", "id-2"])
 
 
 def test_a_server_is_told_to_sample_the_policy_itself(tmp_path):

@@ -128,3 +128,17 @@ def test_nan_is_an_error_not_a_number():
     reward = TransformedReward(FunctionReward(broken), calibrator, ["p"], Identity(), 1.0)
     with pytest.raises(RewardError):
         reward(["?"], ["x"], prompt_id=["p"])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf"), "high"])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_every_response_needs_a_number_in_training_and_its_prompt_is_told(missing, one_by_one):
+    def patchy(prompts, completions):
+        if one_by_one and len(completions) > 1:
+            raise ValueError("one at a time")
+        return [missing if prompt == "second" else 1.0 for prompt in prompts]
+
+    calibrator = RewardCalibrator().fit([[1.0, 2.0], [1.0, 2.0]])
+    reward = TransformedReward(FunctionReward(patchy), calibrator, ["id-1", "id-2"], Identity(), 1.0)
+    with pytest.raises(RewardError, match=r"to prompt id-2\b.*[Ii]n training every response needs a number"):
+        reward(["first", "second"], ["x", "y"], prompt_id=["id-1", "id-2"])

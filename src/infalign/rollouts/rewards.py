@@ -27,6 +27,10 @@ from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
+NUMBER_OR_NONE = (
+    "Return a finite number, or None for a response that cannot be scored; in training every response needs a number"
+)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -141,8 +145,9 @@ class FunctionReward(RewardSource):
             RewardError: The function gave another number of rewards, or one that is NaN, infinite or not a number.
         """
         kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
+        prompt_ids = list(columns.get("prompt_id", ()))
         try:
-            return check_scores(self._call(prompts, completions, kept), len(completions), 0, str(self))
+            return check_scores(self._call(prompts, completions, kept), len(completions), 0, str(self), prompt_ids)
         except RewardError:
             raise
         except Exception as error:
@@ -157,7 +162,7 @@ class FunctionReward(RewardSource):
             }
             try:
                 values = self._call(prompts[row : row + 1], completions[row : row + 1], one)
-                scored = check_scores(values, 1, row, str(self))
+                scored = check_scores(values, 1, row, str(self), prompt_ids and prompt_ids[row : row + 1])
                 rewards[row] = scored.rewards[0]
                 errors.append(scored.errors[0])
             except RewardError:
@@ -177,8 +182,10 @@ class FunctionReward(RewardSource):
         return _wait_for(result) if inspect.isawaitable(result) else result
 
 
-def check_scores(values: Any, count: int, first_row: int, where: str) -> Scores:
-    """One finite number or None per response, or a RewardError that names the row."""
+def check_scores(
+    values: Any, count: int, first_row: int, where: str, prompt_ids: Sequence[str] | None = None
+) -> Scores:
+    """One finite number or None per response, or a RewardError that names the row, and its prompt where known."""
     try:
         listed = values.tolist() if hasattr(values, "tolist") else list(values)
     except TypeError as error:
@@ -191,15 +198,14 @@ def check_scores(values: Any, count: int, first_row: int, where: str) -> Scores:
     rewards = np.empty(count)
     errors: list[str | None] = [None] * count
     for row, value in enumerate(listed):
+        at = f"row {first_row + row}" + (f", to prompt {prompt_ids[row]}" if prompt_ids else "")
         value = value.item() if getattr(value, "shape", None) == () else value  # a NumPy or torch scalar
         if value is None:
             rewards[row], errors[row] = np.nan, "it returned no reward"
         elif not isinstance(value, numbers.Real):
-            raise RewardError(f"row {first_row + row}: the reward is {value!r}, not a number", where=where,
-                              mend="Return a float, or None for a response that cannot be scored")  # fmt: skip
+            raise RewardError(f"{at}: the reward is {value!r}, not a number", where=where, mend=NUMBER_OR_NONE)
         elif not np.isfinite(float(value)):
-            raise RewardError(f"row {first_row + row}: the reward is {float(value)}", where=where,
-                              mend="Return None for a response that cannot be scored")  # fmt: skip
+            raise RewardError(f"{at}: the reward is {float(value)}", where=where, mend=NUMBER_OR_NONE)
         else:
             rewards[row] = float(value)
     return Scores(rewards, errors)
@@ -234,17 +240,18 @@ class HTTPReward(RewardSource):
         Raises:
             RewardError: The server gave another number of rewards, or one that is NaN, infinite or not a number.
         """
-        starts = range(0, len(completions), self._batch_size)
+        starts, prompt_ids = range(0, len(completions), self._batch_size), list(columns.get("prompt_id", ()))
 
         def one(start: int) -> Scores:
             stop = start + self._batch_size
             content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
-            count = len(content["completions"])
+            count, of = len(content["completions"]), prompt_ids and prompt_ids[start:stop]
             try:
                 answer = self._endpoint.post("", content)
             except EndpointError as error:
                 return Scores(np.full(count, np.nan), [str(error)] * count)
-            return check_scores(answer.get("rewards") if isinstance(answer, dict) else answer, count, start, self.key)
+            values = answer.get("rewards") if isinstance(answer, dict) else answer
+            return check_scores(values, count, start, self.key, of)
 
         with ThreadPoolExecutor(self._concurrency) as pool:
             parts = list(pool.map(one, starts))

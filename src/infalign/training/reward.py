@@ -208,7 +208,7 @@ class TransformedReward:
                 f"{len(bad)} of {len(rewards)} responses have no finite reward, the first to prompt "
                 f"{prompt_id[bad[0]]} ({scores.errors[bad[0]] or rewards[bad[0]]})",
                 where=str(self.source),
-                mend="Every response needs a number during training; mend the reward for such responses",
+                mend="In training every response needs a number; mend the reward for such responses",
             )
         return rewards
 
