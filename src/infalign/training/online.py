@@ -113,7 +113,7 @@ def align(
     reference = Reference(policy, trust_remote_code, allow_pickle)
     model, tokenizer = reference.load_to_train()
     reward.take_columns_from(prompts)
-    controller = None if kl_budget is None else KLController(kl_budget=kl_budget, beta=reward.beta)
+    controller = None if kl_budget is None else KLController.of(kl_budget, reward.beta, steps)
     callback = Steering(reward, controller, out / "steps.jsonl", steps, progress, anneal_steps=round(anneal * steps))
     trainer = _make_trainer(
         model,
