@@ -87,8 +87,8 @@ class Experiment:
         }
         self.sides = {side: prompts[: options.prompts] for side, prompts in by_length.items()}
         self.landing = by_length["train"][options.prompts : options.prompts + 64]
-        self.stores = {side: self._rollouts(run.reference, side, options.num_ref, 1) for side in self.sides}
-        self.calibrator = RewardCalibrator().fit(self._rewards(self.stores["train"], "train", options.num_ref))
+        self.store = self._rollouts(run.reference, "train", options.num_ref, 1)
+        self.calibrator = RewardCalibrator().fit(self._rewards(self.store, "train", options.num_ref))
 
     def _rollouts(self, model: str | Path, side: str, count: int, seed: int) -> RolloutStore:
         policy, tokenizer = load_policy(model)
@@ -130,7 +130,7 @@ class Experiment:
         else:
             fresh = FreshRollouts(reward, every=options.refresh_every, num_prompts=options.prompts_per_step,
                                   num_samples=options.generations)  # fmt: skip
-            pool = stored_rollouts(self.stores["train"], train, self.calibrator, ids)
+            pool = stored_rollouts(self.store, train, self.calibrator, ids)
             result = align_offline(
                 self.run.reference, folder, pool, solver_loss(solver, phi, beta),
                 rollouts_per_step=options.prompts_per_step * options.generations,

@@ -37,6 +37,7 @@ from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.testbed.quiet import quiet
+from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
 from infalign.training import online
 from infalign.training.fresh import FreshRollouts
@@ -46,7 +47,7 @@ from infalign.training.online import ANNEAL
 from infalign.training.pool import stored_rollouts
 from infalign.training.reward import TransformedReward
 from infalign.training.steering import Steering
-from infalign.transforms import Exponential, Identity
+from infalign.transforms import Exponential, Identity, RewardTransform
 
 
 class Objective(TrainerCallback):
@@ -110,18 +111,6 @@ def train(testbed: Testbed, reward: Any, folder: Path, *, baseline: Any, generat
 
 def tokens(options: argparse.Namespace) -> None:
     """Sampled rollouts to 95 % of the optimum's objective."""
-    cases = {
-        "identity": Identity(),
-        "best-of-4": optimum_at_kl(BestOfN(4), options.kl).transform,
-        "worst-of-4": optimum_at_kl(WorstOfN(4), options.kl).transform,
-        "exponential+10": Exponential(10.0),
-    }
-    betas = {
-        "identity": _beta(Identity(), options.kl),
-        "best-of-4": optimum_at_kl(BestOfN(4), options.kl).beta,
-        "worst-of-4": optimum_at_kl(WorstOfN(4), options.kl).beta,
-        "exponential+10": _beta(Exponential(10.0), options.kl),
-    }
     print(
         f"{'transform':16s}{'baseline':16s}{'per prompt':>11s}{'learning rate':>15s}{'steps to 95 % by seed':>28s}"
         f"{'median':>8s}{'end share':>11s}",
@@ -130,6 +119,7 @@ def tokens(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         testbed = Testbed(Path(scratch) / "reference", vocabulary=12)
         for name in options.transforms:
+            transform, beta = _transform_and_beta(name, options.kl)
             for baseline in ("leave-one-out", "known"):
                 for generations in options.generations:
                     if generations == 1 and baseline == "leave-one-out":
@@ -137,7 +127,7 @@ def tokens(options: argparse.Namespace) -> None:
                     for learning_rate in options.learning_rates:
                         reached, ends = [], []
                         for seed in range(options.seeds):
-                            reward = testbed.reward(cases[name], betas[name])
+                            reward = testbed.reward(transform, beta)
                             watch = train(
                                 testbed, reward, Path(scratch) / "run", baseline=baseline, generations=generations,
                                 rollouts=options.rollouts, steps=options.steps, learning_rate=learning_rate, seed=seed,
@@ -154,6 +144,8 @@ def tokens(options: argparse.Namespace) -> None:
                                 file.write(json.dumps(row) + "\n")
 
 
+PROCEDURES = {"best-of-4": BestOfN(4), "worst-of-4": WorstOfN(4)}  # whose optimal transforms are trained with
+NAMED = {"identity": Identity(), "exponential+10": Exponential(10.0)}
 SOLVERS = {
     # name: (solver, baseline, share of the steps that anneal)
     "plain RLOO": ("online", "leave-one-out", 0.0),
@@ -171,10 +163,7 @@ def solvers(options: argparse.Namespace) -> None:
         testbed = Testbed(Path(scratch) / "reference", vocabulary=12)
         store = _stored(testbed, Path(scratch) / "store")
         for name in options.transforms:
-            procedure = {"best-of-4": BestOfN(4), "worst-of-4": WorstOfN(4)}.get(name)
-            optimum = None if procedure is None else optimum_at_kl(procedure, options.kl)
-            transform = Identity() if optimum is None else optimum.transform
-            beta = _beta(transform, options.kl) if optimum is None else optimum.beta
+            transform, beta = _transform_and_beta(name, options.kl)
             for label in SOLVERS:
                 for learning_rate in options.learning_rates:
                     reached, ends, sampled = [], [], []
@@ -229,21 +218,24 @@ def _train_solver(
             testbed.reference, folder, pool, loss, rollouts_per_step=options.rollouts, trainer=constant,
             fresh=fresh if solver == "mixed" else None, **common,
         )  # fmt: skip
-    per_round = {"online": 1, "mixed": options.refresh_every}.get(solver)
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     out = []
     for path in checkpoints:
         step = int(path.name.split("-")[1])
-        # A round of fresh rollouts is drawn one step before the window that it serves.
-        rounds = 0 if per_round is None else step if per_round == 1 else (step + 1) // per_round
+        rounds = {"online": step, "offline-regression": 0}.get(solver)
+        if rounds is None:  # mixed: a round is drawn one step before the window that it serves; the first has none
+            rounds = min(step + 1, options.steps - 1) // options.refresh_every
         out.append((path, rounds * options.rollouts))
     return out
 
 
-def _beta(transform: Any, kl: float) -> float:
-    from infalign.theory.alternatives import tilt_at_kl
-
-    return tilt_at_kl(transform, kl).beta
+def _transform_and_beta(name: str, kl: float) -> tuple[RewardTransform, float]:
+    """A transform by its name here, and the β that theory gives it at this KL."""
+    if name in PROCEDURES:
+        optimum = optimum_at_kl(PROCEDURES[name], kl)
+        return optimum.transform, optimum.beta
+    transform = NAMED[name]
+    return transform, tilt_at_kl(transform, kl).beta
 
 
 def step(options: argparse.Namespace) -> None:
@@ -301,7 +293,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--generations", type=int, nargs="+", default=[1, 2, 4, 16])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3])
-    parser.add_argument("--transforms", nargs="+", default=["identity", "best-of-4", "worst-of-4"])
+    parser.add_argument("--transforms", nargs="+", default=["identity", "best-of-4", "worst-of-4"],
+                        choices=[*NAMED, *PROCEDURES])  # fmt: skip
     parser.add_argument("--json", help="append every row to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
