@@ -56,11 +56,17 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     return _plan_text(recipe, out, len(prompts) or None, policy)
 
 
+def _trains(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether anything of the recipe is trained by the online solver, and whether anything is on stored rollouts."""
+    own = recipe.training.solver == "online"
+    baselines = [is_online(one) for one in recipe.baselines]
+    return own or any(baselines), not own or not all(baselines)
+
+
 def _check_training(recipe: Recipe) -> None:
     """Refuse settings that a solver or baseline of the recipe would stumble over."""
     training = recipe.training
-    online = training.solver == "online" or any(is_online(one) for one in recipe.baselines)
-    offline = training.solver != "online" or not all(is_online(one) for one in recipe.baselines)
+    online, offline = _trains(recipe)
     for used, name, given in ((online, "rloo", training.rloo), (offline, "offline", training.offline)):
         if given and not used:
             raise InputError(
@@ -322,7 +328,7 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     reference_rollouts = recipe.prompts.train * rollouts.num_ref
     training_rollouts = _rollouts_drawn_in_training(recipe)
     per_model = f"{counted(training.steps, 'step')} of {training.prompts_per_step} × {training.num_generations}"
-    stored = training.solver != "online" or not all(is_online(one) for one in recipe.baselines)
+    _, stored = _trains(recipe)
     evaluation_rollouts = recipe.prompts.evaluation * evaluation.num_samples * (len(names) + 1)
     lines = [
         f"Recipe {recipe.name}, run folder {out}",

@@ -9,7 +9,7 @@ every solver.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +65,20 @@ class UncalibratedReward(TransformedReward):
         """u(r)/β in nats, times `strength`, shape (B,)."""
         return self.strength * self.utility(rewards, prompt_id) / self.beta
 
-    def ref_utilities(self) -> list[Float]:
-        """U of each prompt's references, one array of shape (K,) per prompt."""
-        pairs = zip(self._ref_rewards_PK, self._prompt_ids, strict=True)
-        return [self.utility(np.asarray(row, dtype=np.float64), [prompt_id] * len(row)) for row, prompt_id in pairs]
+    def ref_utilities(self, rows: Iterable[int] | None = None) -> list[Float]:
+        """U of the references of some of the calibrator's rows, of all by default, one array of shape (K,) per row."""
+        chosen = range(len(self._prompt_ids)) if rows is None else rows
+        rewards_of = {row: np.asarray(self._ref_rewards_PK[row], dtype=np.float64) for row in chosen}
+        return [
+            self.utility(rewards_K, [self._prompt_ids[row]] * len(rewards_K)) for row, rewards_K in rewards_of.items()
+        ]
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
         """Log of the mean of exp(u/β) over each prompt's references, in nats, shape (B,): an estimate of log Z."""
+        rows_U, which_B = np.unique(self.rows(prompt_id), return_inverse=True)
         per_nat = self.strength / self.beta
-        log_z_P = np.array([logsumexp(per_nat * u_K) - np.log(len(u_K)) for u_K in self.ref_utilities()])
-        return log_z_P[self.rows(prompt_id)]
+        log_z_U = np.array([logsumexp(per_nat * u_K) - np.log(len(u_K)) for u_K in self.ref_utilities(rows_U)])
+        return log_z_U[which_B]
 
 
 class RawReward(UncalibratedReward):

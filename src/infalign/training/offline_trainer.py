@@ -15,11 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import selective_log_softmax
 
 from infalign.errors import TrainingError
-from infalign.processes import wait_for_all
 from infalign.rollouts.progress import Progress
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss
-from infalign.training.running import ADVICE, STATE, quiet, refusing_settings
+from infalign.training.running import ADVICE, STATE, keep_state, quiet, refusing_settings
 from infalign.training.stream import ExampleStream, collate
 
 
@@ -157,9 +156,4 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Beside the trainer's own checkpoint."""
-        wait_for_all()  # each process writes a part of the checkpoint, and our state marks it as complete
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            temporary = checkpoint / (STATE + ".tmp")
-            temporary.write_text(json.dumps({"steps": [asdict(step) for step in self.steps]}))
-            temporary.replace(checkpoint / STATE)
+        keep_state(args, state, {"steps": [asdict(step) for step in self.steps]})

@@ -104,6 +104,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def keep_state(args: Any, state: Any, content: Mapping[str, Any]) -> None:
+    """Keep what a solver knows beside the trainer's own checkpoint of this step, which it marks as complete.
+
+    Args:
+        args: The trainer's arguments, as a callback's `on_save` gets them.
+        state: The trainer's state, likewise.
+        content: What to keep, JSON-able.
+    """
+    wait_for_all()  # each process writes a part of the checkpoint
+    checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    if state.is_world_process_zero and checkpoint.is_dir():
+        temporary = checkpoint / (STATE + ".tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(checkpoint / STATE)
+
+
 def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path | None], None]) -> None:
     """Train from the start or from the last complete checkpoint, and save the policy in `out/model`.
 

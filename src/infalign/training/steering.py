@@ -11,11 +11,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from infalign.errors import TrainingError
-from infalign.processes import wait_for_all
 from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
 from infalign.training.reward import TransformedReward
-from infalign.training.running import ADVICE, STATE
+from infalign.training.running import ADVICE, STATE, keep_state
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,12 @@ class Steering(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Beside the trainer's own checkpoint."""
-        wait_for_all()  # each process writes a part of the checkpoint, and our state marks it as complete
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            content = {
-                "reward": self.reward.state(),
-                "steps": [asdict(step) for step in self.steps],
-                "controller": None if self.controller is None else self.controller.state(),
-            }
-            temporary = checkpoint / (STATE + ".tmp")
-            temporary.write_text(json.dumps(content))
-            temporary.replace(checkpoint / STATE)
+        content = {
+            "reward": self.reward.state(),
+            "steps": [asdict(step) for step in self.steps],
+            "controller": None if self.controller is None else self.controller.state(),
+        }
+        keep_state(args, state, content)
 
     def _write_steps(self) -> None:
         self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
