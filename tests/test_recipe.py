@@ -1,4 +1,4 @@
-"""Recipes: typed, strict, with messages that say what, where and the mend."""
+"""Recipes: typed, strict, with messages that say what, where, and give a hint."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ class RewardCalibrator:
 
     def __init__(self, ties: Ties = "midrank", *, seed: int = 0) -> None:
         if ties not in get_args(Ties):
-            raise InputError(f"unknown tie rule {ties!r}", where="ties", mend=f"Use one of {', '.join(get_args(Ties))}")
+            raise InputError(f"unknown tie rule {ties!r}", where="ties", hint=f"Use one of {', '.join(get_args(Ties))}")
         self.ties: Ties = ties
         self.seed = seed
         self._rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ class RewardCalibrator:
                 else f"{counted(empty.size, 'prompt has', 'prompts have')} no reference reward"
             )
             at = "" if num_ref_P.size == 0 else f", the first is prompt {empty[0]}"
-            raise InputError(what + at, where="ref_rewards_PK", mend="Draw and score references for every prompt first")
+            raise InputError(what + at, where="ref_rewards_PK", hint="Draw and score references for every prompt first")
         self._rewards = flat
         self._starts = starts
         if num_ref_P.min() == num_ref_P.max():
@@ -156,7 +156,7 @@ class RewardCalibrator:
             raise InputError(
                 f"prompt {first} has one reference only",
                 where="calibrate_references",
-                mend="Leaving a reference out of its own comparison needs at least two per prompt",
+                hint="Leaving a reference out of its own comparison needs at least two per prompt",
             )
         prompt_R = np.repeat(np.arange(self.num_prompts), self.num_ref_P)
         below, equal, num_ref = self._compare(flat, prompt_R)
@@ -235,7 +235,7 @@ class RewardCalibrator:
             settings: dict[str, Any] = json.loads((path / "calibrator.json").read_text(encoding="utf-8"))
             if settings.get("format") != _FORMAT:
                 raise StorageError(f"calibrator format {settings.get('format')!r} is not {_FORMAT}", where=str(path),
-                                   mend="Fit it again with this version")  # fmt: skip
+                                   hint="Fit it again with this version")  # fmt: skip
             loaded = cls(settings["ties"], seed=settings["seed"])
             loaded._rewards = np.load(path / "rewards.npy", mmap_mode="r")
             loaded._sorted = np.load(path / "sorted.npy", mmap_mode="r")
@@ -250,7 +250,7 @@ class RewardCalibrator:
 
     def _fitted(self) -> tuple[FloatArray, FloatArray]:
         if self._rewards is None or self._sorted is None:
-            raise InputError("the calibrator has no references yet", where="RewardCalibrator", mend="Call fit first")
+            raise InputError("the calibrator has no references yet", where="RewardCalibrator", hint="Call fit first")
         return self._rewards, self._sorted
 
     def _shaped(self, flat: FloatArray) -> FloatArray | list[FloatArray]:
@@ -297,7 +297,7 @@ class RefinedCalibrator:
         new_PS, new_ratios_PS = np.asarray(policy_rewards_PS, np.float64), np.asarray(policy_log_ratios_PS, np.float64)
         if ref_PK.ndim != 2 or new_PS.ndim != 2 or len(ref_PK) != len(new_PS) or not ref_PK.size:
             raise InputError(f"references have shape {ref_PK.shape}, policy responses {new_PS.shape}",
-                             where="RefinedCalibrator", mend="Give (P, K) and (P, S) for the same prompts")  # fmt: skip
+                             where="RefinedCalibrator", hint="Give (P, K) and (P, S) for the same prompts")  # fmt: skip
         for rewards, ratios in ((ref_PK, ref_ratios_PK), (new_PS, new_ratios_PS)):
             if rewards.shape != ratios.shape:
                 raise InputError(f"rewards have shape {rewards.shape}, log-ratios {ratios.shape}",
@@ -339,12 +339,12 @@ def _aligned(rewards: ArrayLike, prompt_index: ArrayLike | None, num_prompts: in
         if scores.ndim < 1 or scores.shape[0] != num_prompts:
             raise InputError(f"rewards have shape {scores.shape}, the calibrator holds "
                              f"{counted(num_prompts, 'prompt')}",
-                             where="rewards", mend="Give one row per prompt, or say prompt_index")  # fmt: skip
+                             where="rewards", hint="Give one row per prompt, or say prompt_index")  # fmt: skip
         index = np.arange(num_prompts).reshape((-1,) + (1,) * (scores.ndim - 1))
     else:
         index = np.asarray(prompt_index)
         if not np.issubdtype(index.dtype, np.integer):
-            raise InputError(f"prompt_index has type {index.dtype}", where="prompt_index", mend="Give whole numbers")
+            raise InputError(f"prompt_index has type {index.dtype}", where="prompt_index", hint="Give whole numbers")
         outside = np.flatnonzero((index < 0) | (index >= num_prompts))
         if outside.size:
             raise InputError(f"prompt {index.ravel()[outside[0]]} is not one of the {num_prompts} fitted",
@@ -360,7 +360,7 @@ def _aligned(rewards: ArrayLike, prompt_index: ArrayLike | None, num_prompts: in
         at = tuple(int(axis) for axis in np.argwhere(~np.isfinite(scores))[0])
         raise InputError(f"{counted(bad.size, 'reward is', 'rewards are')} NaN or infinite, the first at "
                          f"{at}", where="rewards",
-                         mend="Leave unscored responses out")  # fmt: skip
+                         hint="Leave unscored responses out")  # fmt: skip
     return scores, index
 
 
@@ -369,14 +369,14 @@ def _flatten(rewards: ArrayLike | Sequence[ArrayLike], mask_PK: ArrayLike | None
     if isinstance(rewards, Sequence) and _lengths_differ(cast("Sequence[Any]", rewards)):
         if mask_PK is not None:
             raise InputError(
-                "a mask needs a (P, K) array", where="mask_PK", mend="Leave masked rewards out of the lists"
+                "a mask needs a (P, K) array", where="mask_PK", hint="Leave masked rewards out of the lists"
             )
         rows = [np.asarray(row, dtype=np.float64).ravel() for row in cast("Sequence[ArrayLike]", rewards)]
         return np.concatenate(rows), np.array([row.size for row in rows], dtype=np.int64)
     array = np.array(rewards, dtype=np.float64)
     if array.ndim != 2:
         raise InputError(f"reference rewards have shape {array.shape}", where="ref_rewards_PK",
-                         mend="Give shape (P, K): prompts, references per prompt")  # fmt: skip
+                         hint="Give shape (P, K): prompts, references per prompt")  # fmt: skip
     if mask_PK is None:
         num_ref_P = np.repeat(np.int64(array.shape[1]), array.shape[0])
         return array.ravel(), num_ref_P
@@ -385,7 +385,7 @@ def _flatten(rewards: ArrayLike | Sequence[ArrayLike], mask_PK: ArrayLike | None
         raise InputError(
             f"the mask has shape {mask.shape} and type {mask.dtype}, rewards have shape {array.shape}",
             where="mask_PK",
-            mend="Give a boolean array of the rewards' shape, True where a reward counts",
+            hint="Give a boolean array of the rewards' shape, True where a reward counts",
         )
     num_ref_P = np.add.reduce(mask, axis=1, dtype=np.int64)
     return array[mask], num_ref_P
@@ -404,7 +404,7 @@ def _require_finite(flat: FloatArray, starts: IntArray, where: str) -> None:
             f"{counted(bad.size, 'reward is', 'rewards are')} NaN or infinite, the first at prompt {prompt}, "
             f"reference {first - starts[prompt]}",
             where=where,
-            mend="Score them again, or leave them out with a mask or ragged lists",
+            hint="Score them again, or leave them out with a mask or ragged lists",
         )
 
 

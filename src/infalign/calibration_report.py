@@ -93,7 +93,7 @@ def calibration_report(ref_rewards_PK: ArrayLike, *, optimum: OptimalTransform |
     rewards_PK = np.asarray(ref_rewards_PK, dtype=np.float64)
     if rewards_PK.ndim != 2 or rewards_PK.shape[1] < 4:
         raise InputError(f"references have shape {rewards_PK.shape}", where="calibration_report",
-                         mend="Give shape (P, K) with K at least 4")  # fmt: skip
+                         hint="Give shape (P, K) with K at least 4")  # fmt: skip
     calibrator = RewardCalibrator().fit(rewards_PK)
     num_prompts, num_ref = rewards_PK.shape
     fitted = num_ref // 2

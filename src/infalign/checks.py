@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
         `text`: the plan in words; and its numbers.
 
     Raises:
-        InputError: Saying what cannot work, where, and the mend.
+        InputError: Saying what cannot work, where, with a hint.
         StorageError: If the output folder cannot be written.
     """
     check_writable(out)
@@ -72,7 +72,7 @@ def _check_training(recipe: Recipe) -> None:
             raise InputError(
                 f"nothing in this recipe takes these settings ({', '.join(given)}): the solver is {training.solver}",
                 where=f"training.{name}",
-                mend=f"Remove them, or use training.{'offline' if name == 'rloo' else 'rloo'}",
+                hint=f"Remove them, or use training.{'offline' if name == 'rloo' else 'rloo'}",
             )
     for baseline in recipe.baselines:
         if int(baseline.get("n", 2)) > recipe.rollouts.num_ref:
@@ -80,7 +80,7 @@ def _check_training(recipe: Recipe) -> None:
                 f"{baseline['baseline']} takes the best and the worst of {int(baseline['n'])}, but there are only "
                 f"{recipe.rollouts.num_ref} reference rollouts per prompt",
                 where="compare_with",
-                mend="Use a smaller n, or more rollouts.num_ref",
+                hint="Use a smaller n, or more rollouts.num_ref",
             )
     if online:
         settings = {key: value for key, value in training.online.items() if key != "keep_checkpoints"}
@@ -89,7 +89,7 @@ def _check_training(recipe: Recipe) -> None:
         raise InputError(
             "a baseline on raw rewards needs one reward: several have no common scale",
             where="compare_with",
-            mend="Leave it out, or give one reward",
+            hint="Leave it out, or give one reward",
         )
     widths = {1} if training.solver != "online" else set()
     widths |= {1 if one["baseline"] == "qrpo" else 2 for one in recipe.baselines if not is_online(one)}
@@ -113,7 +113,7 @@ def check_writable(out: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise StorageError("this folder cannot be written", where=str(out), mend="Choose another with --out")
+        raise StorageError("this folder cannot be written", where=str(out), hint="Choose another with --out")
 
 
 def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
@@ -149,7 +149,7 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
         raise InputError(
             f"this KL coefficient cannot be planned with ({error.what})",
             where=f"beta {recipe.beta:g}",
-            mend="Choose another, or give kl_budget",
+            hint="Choose another, or give kl_budget",
         ) from error
     return kl, planned
 
@@ -183,7 +183,7 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
                 f"prompt {prompt.id} has {counted(len(ids), 'token')}; with rollouts.max_new_tokens={new} it "
                 f"does not fit the model's context of {context}: {excerpt(prompt.prompt)}",
                 where="prompts",
-                mend="Shorten or remove such prompts, set prompts.max_characters, or lower rollouts.max_new_tokens",
+                hint="Shorten or remove such prompts, set prompts.max_characters, or lower rollouts.max_new_tokens",
             )
     import torch
 
@@ -192,7 +192,7 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.policy.trust_remote_code)
         except ValueError as error:
             raise InputError(
-                f"this is no causal language model ({_first_line(error)})", where=where, mend="Give one"
+                f"this is no causal language model ({_first_line(error)})", where=where, hint="Give one"
             ) from error
     return {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
 
@@ -220,7 +220,7 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
         config = _model_config(reward.model, where, trust_remote_code=reward.trust_remote_code)
         if config.num_labels != 1:
             raise InputError(
-                f"the model has {counted(config.num_labels, 'output')}", where=where, mend="A reward model has one"
+                f"the model has {counted(config.num_labels, 'output')}", where=where, hint="A reward model has one"
             )
         _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting=f"{setting}.allow_pickle")
         try:
@@ -229,7 +229,7 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
             raise InputError(
                 f"no tokenizer can be loaded ({_first_line(error)})",
                 where=where,
-                mend="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
+                hint="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
             ) from error
         if any(not isinstance(prompt.prompt, str) for prompt in prompts):
             require_chat_template(tokenizer)
@@ -245,7 +245,7 @@ def _model_config(model: str, where: str, *, trust_remote_code: bool) -> Any:
         raise InputError(
             f"no model can be read there ({_first_line(error)})",
             where=where,
-            mend="Give a Hugging Face model folder or a hub name",
+            hint="Give a Hugging Face model folder or a hub name",
         ) from error
 
 
@@ -262,16 +262,16 @@ def _check_weights(model: str, where: str, *, allow_pickle: bool, setting: str) 
         raise InputError(
             f"the weights are not safetensors but {pickled[0]}, which can run code when it is read",
             where=where,
-            mend=f"Convert them (save_pretrained writes safetensors), or set {setting}: true if you trust them",
+            hint=f"Convert them (save_pretrained writes safetensors), or set {setting}: true if you trust them",
         )
     if not files and not pickled:
-        raise InputError("there are no weights in this folder", where=where, mend="It should hold model.safetensors")
+        raise InputError("there are no weights in this folder", where=where, hint="It should hold model.safetensors")
     for path in files:
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path.name} is damaged ({error})", where=where, mend="Copy or save it again") from error
+            raise InputError(f"{path.name} is damaged ({error})", where=where, hint="Copy or save it again") from error
 
 
 def _check_testbed_data(recipe: Recipe) -> None:
@@ -294,7 +294,7 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
         raise InputError(
             "some prompts are text and some are chat messages",
             where=recipe.prompts.source,
-            mend="Write all of them one way",
+            hint="Write all of them one way",
         )
     return prompts
 

@@ -65,7 +65,7 @@ class CombinedCalibrator:
             raise InputError(
                 f"reference rewards have shape {rewards_PKM.shape} for {self.weights.size} weights",
                 where="ref_rewards_PKM",
-                mend="Give shape (P, K, M): prompts, references per prompt, rewards",
+                hint="Give shape (P, K, M): prompts, references per prompt, rewards",
             )
         for m, calibrator in enumerate(self.calibrators):
             calibrator.fit(rewards_PKM[:, :, m], mask_PK=mask_PK)
@@ -205,7 +205,7 @@ class CombinedCalibrator:
             raise InputError(
                 f"rewards have shape {scores.shape} for {self.weights.size} weights",
                 where="rewards",
-                mend="Give M rewards per response, along the last axis",
+                hint="Give M rewards per response, along the last axis",
             )
         return scores
 

@@ -134,7 +134,7 @@ def _iterate_rows(
         rows = _parquet_rows(path)
     elif path.is_file():
         known = ", ".join(_JSON_LINES[:2] + _PARQUET[:1])
-        raise InputError("this kind of file is not known", where=str(source), mend=f"Use one of {known}")
+        raise InputError("this kind of file is not known", where=str(source), hint=f"Use one of {known}")
     else:
         rows = _dataset_rows(source, split)
     for number, row in enumerate(rows, start=1):
@@ -149,8 +149,8 @@ def _iterate_rows(
 
 def _missing_column(column: str, row: Row, where: str) -> InputError:
     near = difflib.get_close_matches(column, row, n=1, cutoff=0.5)
-    mend = f"Did you mean {near[0]!r}? " if near else ""
-    return InputError(f"there is no column {column!r}", where=where, mend=f"{mend}There are: {', '.join(row)}")
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return InputError(f"there is no column {column!r}", where=where, hint=f"{hint}There are: {', '.join(row)}")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -166,12 +166,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     # A byte order mark is no part of the text, and only ever stands at the very start.
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
-                    raise InputError("this line is not UTF-8", where=where, mend="Convert the file to UTF-8") from error
+                    raise InputError("this line is not UTF-8", where=where, hint="Convert the file to UTF-8") from error
                 except json.JSONDecodeError as error:
                     raise InputError(f"this line is not JSON ({error.msg})", where=where,
-                                     mend="Write one JSON object per line") from error  # fmt: skip
+                                     hint="Write one JSON object per line") from error  # fmt: skip
                 if not isinstance(row, dict):
-                    raise InputError("this line is not a JSON object", where=where, mend="Write one object per line")
+                    raise InputError("this line is not a JSON object", where=where, hint="Write one object per line")
                 yield row
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
@@ -217,12 +217,12 @@ def _dataset_rows(source: str | os.PathLike[str], split: str | None) -> Iterator
         raise InputError(
             f"no data set can be loaded from here ({type(error).__name__}: {error})",
             where=name,
-            mend="Check the spelling; a local file needs its whole path",
+            hint="Check the spelling; a local file needs its whole path",
         ) from error
     if isinstance(loaded, dict):
         if len(loaded) != 1:
             raise InputError(
-                f"the data set has the splits {', '.join(map(str, loaded))}", where=name, mend="Name a split"
+                f"the data set has the splits {', '.join(map(str, loaded))}", where=name, hint="Name a split"
             )
         loaded = next(iter(loaded.values()))
     yield from loaded
@@ -279,7 +279,7 @@ def load_prompts(
         raise InputError(
             f"no prompt falls on the {side.replace('_', '-')} side with a share of {held_out} held out",
             where=str(source),
-            mend="Give more prompts or another share",
+            hint="Give more prompts or another share",
         )
     return PromptSet(tuple(prompts), duplicates)
 
@@ -287,7 +287,7 @@ def load_prompts(
 def _check_prompt(value: Any, where: str) -> PromptContent:
     if isinstance(value, str):
         if not value.strip():
-            raise InputError("the prompt is empty", where=where, mend="Remove the row or give it a prompt")
+            raise InputError("the prompt is empty", where=where, hint="Remove the row or give it a prompt")
         _require_unicode(value, where)
         return value
     if isinstance(value, (list, tuple)):
@@ -300,9 +300,9 @@ def _check_prompt(value: Any, where: str) -> PromptContent:
             _require_unicode(message["content"], where)
             messages.append({"role": message["role"], "content": message["content"]})
         if not messages or not any(message["content"].strip() for message in messages):
-            raise InputError("the prompt is empty", where=where, mend="Remove the row or give it a prompt")
+            raise InputError("the prompt is empty", where=where, hint="Remove the row or give it a prompt")
         return messages
-    raise InputError(f"a prompt is a {type(value).__name__}", where=where, mend="Give text or a list of chat messages")
+    raise InputError(f"a prompt is a {type(value).__name__}", where=where, hint="Give text or a list of chat messages")
 
 
 def _require_unicode(text: str, where: str) -> None:
@@ -310,7 +310,7 @@ def _require_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            "the prompt holds half of a surrogate pair", where=where, mend="Remove the row or repair its text"
+            "the prompt holds half of a surrogate pair", where=where, hint="Remove the row or repair its text"
         ) from error
 
 
@@ -341,6 +341,6 @@ def is_held_out(prompt: PromptContent, fraction: float, *, seed: str = "infalign
         InputError: The fraction is not between 0 and 1.
     """
     if not 0.0 <= fraction <= 1.0:
-        raise InputError(f"the fraction held out is {fraction}", where="held_out", mend="Give a number from 0 to 1")
+        raise InputError(f"the fraction held out is {fraction}", where="held_out", hint="Give a number from 0 to 1")
     digest = hashlib.sha256((seed + group_key(prompt)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -1,4 +1,4 @@
-"""One exception family: what was wrong, where, and the mend.
+"""One exception family: what was wrong, where, and a hint for what to do about it.
 
 Everything a user can cause is an `InfalignError`; the command line prints its message alone and exits with 2.
 Any other exception is a fault of this library.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 
 class InfalignError(Exception):
-    """Base class of every error that a user can cause and mend.
+    """Base class of every error that a user can cause and put right.
 
     Args:
         what: What was wrong, as a sentence without a trailing full stop.
         where: The file, setting or argument it was found in.
-        mend: What to do about it.
+        hint: What to do about it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
-        super().__init__(what, where, mend)
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, where, hint)
         self.what = what
         self.where = where
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}. {self.mend}" if self.mend else text
+        return f"{text}. {self.hint}" if self.hint else text
 
 
 class InputError(InfalignError, ValueError):

@@ -29,14 +29,14 @@ def require_model(model: str | Path, where: str | None = None) -> None:
         raise InputError(
             "there is no such folder",
             where=where,
-            mend="A recipe's paths are relative to the recipe, others to where you are",
+            hint="A recipe's paths are relative to the recipe, others to where you are",
         )
     reason = _missing("model", name)
     if reason is not None:
         raise InputError(
             f"there is no folder of this name, and {reason}",
             where=where,
-            mend="Give a model folder, or the name of a model on the hub",
+            hint="Give a model folder, or the name of a model on the hub",
         )
 
 
@@ -54,7 +54,7 @@ def require_data_set(name: str) -> None:
         raise InputError(
             f"there is no file or folder of this name, and {reason}",
             where=name,
-            mend="Check the spelling; a local file needs its whole path",
+            hint="Check the spelling; a local file needs its whole path",
         )
 
 

@@ -62,7 +62,7 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
         raise InputError(
             f"{counted(len(overlap), 'evaluation prompt is', 'evaluation prompts are')} also used for training",
             where=str(settings.evaluation_source),
-            mend="Remove them from one of the two files",
+            hint="Remove them from one of the two files",
         )
     return train, evaluation
 
@@ -95,7 +95,7 @@ def _rows(settings: Rows, columns: list[str]) -> list[dict[str, Any]]:
     if settings.max_characters is not None:
         rows = [row for row in rows if len(prompt_text(row[settings.prompt])) <= settings.max_characters]
     if not rows:
-        raise InputError("every prompt is longer than max_characters", where=settings.source, mend="Raise it")
+        raise InputError("every prompt is longer than max_characters", where=settings.source, hint="Raise it")
     return rows[: settings.limit]
 
 
@@ -108,7 +108,7 @@ def _short(prompts: PromptSet, recipe: Recipe) -> PromptSet:
         raise InputError(
             f"every prompt is longer than prompts.max_characters={longest}",
             where=str(recipe.prompts.source),
-            mend="Raise it",
+            hint="Raise it",
         )
     return PromptSet(kept, prompts.duplicates)
 

@@ -143,7 +143,7 @@ def check_job(job: Job) -> Checked:
         raise InputError(
             "this is the folder of a run, whose prompts, results and report would be overwritten",
             where=f"--out {job.out}",
-            mend="Choose another folder",
+            hint="Choose another folder",
         )
     labels = [candidate.label for candidate in job.candidates]
     for label in labels:
@@ -151,11 +151,11 @@ def check_job(job: Job) -> Checked:
             raise InputError(
                 f"two models would be called {label}",
                 where="--model",
-                mend="Write --model NAME=FOLDER to tell them apart",
+                hint="Write --model NAME=FOLDER to tell them apart",
             )
     for index, procedure in enumerate(job.procedures):
         if procedure.label in [earlier.label for earlier in job.procedures[:index]]:
-            raise InputError(f"{procedure.label} is named twice", where="--procedures", mend="Name each procedure once")
+            raise InputError(f"{procedure.label} is named twice", where="--procedures", hint="Name each procedure once")
         try:
             for _, component in procedure.components:
                 component.selection_weights(job.num_samples)
@@ -164,13 +164,13 @@ def check_job(job: Job) -> Checked:
                 f"{procedure.label} needs {procedure.n or 'more'} samples of each prompt, and there are to be "
                 f"{job.num_samples}",
                 where="--samples",
-                mend="Draw more, or leave the procedure out",
+                hint="Draw more, or leave the procedure out",
             ) from error
     for name, source in job.gold.items():
         if name == "reward":
-            raise InputError("this name is the reward's own", where=f"--gold {name}", mend="Write --gold NAME=REWARD")
+            raise InputError("this name is the reward's own", where=f"--gold {name}", hint="Write --gold NAME=REWARD")
         if source.key == job.reward.key:
-            raise InputError("this is the reward itself", where=f"--gold {name}", mend="Give another judge")
+            raise InputError("this is the reward itself", where=f"--gold {name}", hint="Give another judge")
     _check_tokenizers(job)
     return _check_overlap(job)
 
@@ -193,7 +193,7 @@ def _check_tokenizers(job: Job) -> None:
             f"{candidate.label} and the reference have different tokenizers ({different}), so there is no KL "
             "between them",
             where="--reference",
-            mend="Give the model that this one was trained from",
+            hint="Give the model that this one was trained from",
         )
 
 
@@ -222,7 +222,7 @@ def _check_overlap(job: Job) -> Checked:
                 raise InputError(
                     f"{told}, the first is {excerpt(overlap[0].prompt)}",
                     where="--prompts",
-                    mend="Give held-out prompts, or --allow-overlap for numbers that are marked as such",
+                    hint="Give held-out prompts, or --allow-overlap for numbers that are marked as such",
                 )
             warnings.append(f"{told}: the numbers flatter them.")
     if unknown:
@@ -388,8 +388,8 @@ def candidates_of_run(run: Path, *, checkpoints: bool) -> list[Candidate]:
         raise InputError(
             "no checkpoint of this run is kept",
             where=str(run),
-            mend="A training removes them when it ends, unless the recipe says training.keep_checkpoints: true",
+            hint="A training removes them when it ends, unless the recipe says training.keep_checkpoints: true",
         )
     if not found:
-        raise InputError("there is no aligned model in this run", where=str(run), mend="Train first: `infalign train`")
+        raise InputError("there is no aligned model in this run", where=str(run), hint="Train first: `infalign train`")
     return found

@@ -453,7 +453,7 @@ class Pipeline:
             raise StorageError(
                 f"the stage {name!r} could not read or write a file ({reason})",
                 where=str(self.out),
-                mend="Make room or permissions; the same command goes on from here",
+                hint="Make room or permissions; the same command goes on from here",
             ) from error
         self.folder.finish(name, time.monotonic() - started)
 

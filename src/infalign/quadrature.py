@@ -122,7 +122,7 @@ class Mesh:
         return at_edges[:-1, None] + scaled @ CUMULATIVE.T, at_edges
 
 
-def unit_interval(values: npt.ArrayLike, where: str, mend: str = "Give calibrated rewards in [0, 1]") -> Array:
+def unit_interval(values: npt.ArrayLike, where: str, hint: str = "Give calibrated rewards in [0, 1]") -> Array:
     """An argument as float64, any shape, refused unless every value lies in [0, 1].
 
     Raises:
@@ -131,9 +131,9 @@ def unit_interval(values: npt.ArrayLike, where: str, mend: str = "Give calibrate
     try:
         points = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"not an array of real numbers ({error})", where=where, mend=mend) from error
+        raise InputError(f"not an array of real numbers ({error})", where=where, hint=hint) from error
     if points.size and not (points.min() >= 0.0 and points.max() <= 1.0):
-        raise InputError("values outside [0, 1], or NaN", where=where, mend=mend)
+        raise InputError("values outside [0, 1], or NaN", where=where, hint=hint)
     return points
 
 
@@ -207,7 +207,7 @@ def adapt(function: Callable[[Mesh], Array], mesh: Mesh, tolerance: float = 1e-1
             raise InputError(
                 "the integral did not settle",
                 where="integral over [0, 1]",
-                mend="The function has a jump or a singularity inside [0, 1]: give it as a knot or smooth it",
+                hint="The function has a jump or a singularity inside [0, 1]: give it as a knot or smooth it",
             )
     return Mesh.from_edges(np.sort(np.concatenate(edges))), settled
 

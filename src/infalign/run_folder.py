@@ -73,11 +73,11 @@ class RunFolder:
                     raise MismatchError(
                         f"this folder holds a run of {found.get('name')!r}, not of {name!r}",
                         where=str(path),
-                        mend="Choose another folder with --out",
+                        hint="Choose another folder with --out",
                     )
             elif path.exists() and any(path.iterdir()):
                 raise MismatchError(
-                    "this folder is not empty and holds no run", where=str(path), mend="Choose another with --out"
+                    "this folder is not empty and holds no run", where=str(path), hint="Choose another with --out"
                 )
             path.mkdir(parents=True, exist_ok=True)
             (path / "stages").mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ class RunFolder:
             if isinstance(error, StorageError | MismatchError):
                 raise
             raise StorageError(
-                f"cannot use this folder ({error})", where=str(path), mend="Choose another with --out"
+                f"cannot use this folder ({error})", where=str(path), hint="Choose another with --out"
             ) from error
 
     @contextmanager
@@ -101,7 +101,7 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise StorageError(
-                "another process is working in this folder", where=str(self.path), mend="Wait until it has ended"
+                "another process is working in this folder", where=str(self.path), hint="Wait until it has ended"
             ) from error
         try:
             yield
@@ -150,13 +150,13 @@ class RunFolder:
             raise MismatchError(
                 f"the stage {stage!r} has not been done",
                 where=str(self.path),
-                mend=f"Do it first with `{command}`, or do everything with `infalign run RECIPE`",
+                hint=f"Do it first with `{command}`, or do everything with `infalign run RECIPE`",
             )
         if stamp.fingerprint != fingerprint(settings):
             raise MismatchError(
                 f"the stage {stage!r} was done with other settings ({_differences(stamp.settings, settings)})",
                 where=str(self.path),
-                mend="Use `infalign run` to redo what changed, or another folder with --out",
+                hint="Use `infalign run` to redo what changed, or another folder with --out",
             )
 
     def _supersede(self, stage: str, made_by: str, outputs: Iterable[str]) -> None:
@@ -197,7 +197,7 @@ def write_text(path: Path, content: str) -> None:
         raise StorageError(
             f"cannot be written ({error.strerror})",
             where=str(path),
-            mend="Make room, or choose another folder with --out",
+            hint="Make room, or choose another folder with --out",
         ) from error
 
 

@@ -43,7 +43,7 @@ def open_reward(reward: Reward, *, testbed_model: str | None = None) -> RewardSo
         return HTTPReward(endpoint, name=reward.name, batch_size=reward.batch_size)
     model = reward.model or testbed_model
     if model is None:
-        raise InputError("no reward is named", where="reward", mend="Give model, function or url")
+        raise InputError("no reward is named", where="reward", hint="Give model, function or url")
     return SequenceClassificationReward(
         model,
         batch_size=reward.batch_size,
@@ -110,7 +110,7 @@ class RunRewards:
                 "rollouts, the first is "
                 f"{prompt_ids[int(counts_P.argmin())]}",
                 where="reward",
-                mend="Mend the reward for their responses, or leave these prompts out",
+                hint="Mend the reward for their responses, or leave these prompts out",
             )
         for source, rewards_PK in zip(self.sources(), np.moveaxis(rewards_PKM, -1, 0), strict=True):
             first_P = rewards_PK[np.arange(len(rewards_PK)), scored_PK.argmax(axis=1)]
@@ -118,7 +118,7 @@ class RunRewards:
                 raise InputError(
                     "the reward gives every response to a prompt the same score, so there is nothing to learn",
                     where=f"reward {source}",
-                    mend="Check the reward function or model",
+                    hint="Check the reward function or model",
                 )
         if not self.combined:
             return RewardCalibrator(**self._calibration).fit(rewards_PKM[:, :, 0], mask_PK=scored_PK)

@@ -74,7 +74,7 @@ class TrainerReward:
                 raise InputError(
                     f"prompt {prompt_id!r} is not among the run's {counted(len(self.prompts), 'training prompt')}",
                     where=str(self.run.out),
-                    mend="Train on the prompts of prompts/train.jsonl in the run folder, with their ids",
+                    hint="Train on the prompts of prompts/train.jsonl in the run folder, with their ids",
                 )
 
 
@@ -107,7 +107,7 @@ def load_transformed_reward(
         raise InputError(
             f"there is no transform {name!r} in this run",
             where=str(run_folder),
-            mend=f"There are: {', '.join(planned)}",
+            hint=f"There are: {', '.join(planned)}",
         )
     reward = run.transformed_reward(planned[name])
     scored_by = run.store("reference").reward_sources
@@ -116,7 +116,7 @@ def load_transformed_reward(
         raise MismatchError(
             f"the reward is now {', '.join(changed)}, the calibration was made with {', '.join(scored_by)}",
             where=str(run_folder),
-            mend="Do `infalign calibrate` again with the changed reward",
+            hint="Do `infalign calibrate` again with the changed reward",
         )
     reward.take_columns_from(run.prompts("train"))
     if beta is not None:

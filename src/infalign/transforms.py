@@ -44,8 +44,8 @@ class RewardTransform(ABC):
         Raises:
             InputError: If a value is NaN or outside [0, 1].
         """
-        mend = "Give calibrated rewards (RewardCalibrator.calibrate)"
-        return self._value(quadrature.unit_interval(u, f"transform {self.label!r}", mend))
+        hint = "Give calibrated rewards (RewardCalibrator.calibrate)"
+        return self._value(quadrature.unit_interval(u, f"transform {self.label!r}", hint))
 
     @abstractmethod
     def _value(self, u: Array) -> Array:
@@ -122,7 +122,7 @@ class RewardTransform(ABC):
             raise InputError(f"not a JSON file ({error})", where=str(path)) from error
         if not isinstance(content, dict) or cast(dict[str, Any], content).get("format") != _FORMAT:
             raise InputError(
-                "not a transform file", where=str(path), mend="Make one with `infalign plan --save` or transform.save"
+                "not a transform file", where=str(path), hint="Make one with `infalign plan --save` or transform.save"
             )
         fields = cast(dict[str, Any], content)
         if fields.get("version") != 1 or "transform" not in fields:
@@ -130,7 +130,7 @@ class RewardTransform(ABC):
         try:
             return transform_from_dict(fields["transform"])
         except InputError as error:
-            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
+            raise InputError(f"{error.where}: {error.what}", where=str(path), hint=error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Tabulated(RewardTransform):
         steps = np.diff(self.value)
         if (steps < 0).any():
             at = float(self.u[int(np.argmin(steps))])
-            raise InputError(f"the values decrease after u = {at:.6g}", where="Tabulated", mend="Φ must be increasing")
+            raise InputError(f"the values decrease after u = {at:.6g}", where="Tabulated", hint="Φ must be increasing")
         if self.slope is not None:
             # De Boor and Swartz: a cubic Hermite piece is monotone if both end slopes lie in [0, 3 secant].
             limit = 3.0 * steps / np.diff(self.u) * (1 + 1e-9) + 1e-300
@@ -267,7 +267,7 @@ class Tabulated(RewardTransform):
                 raise InputError(
                     "a slope is negative or more than three times the secant beside it",
                     where="Tabulated",
-                    mend="Leave the slopes out, or give more points",
+                    hint="Leave the slopes out, or give more points",
                 )
 
     @cached_property
@@ -333,7 +333,7 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
     """
     given = cast(object, description)  # from a file, it may be anything
     if not isinstance(given, Mapping):
-        raise InputError(f"{description!r} does not describe a transform", where="transform", mend="Give a mapping")
+        raise InputError(f"{description!r} does not describe a transform", where="transform", hint="Give a mapping")
     fields = dict(description)
     kind = fields.pop("kind", None)
     kinds: dict[str, Callable[..., RewardTransform]] = {
@@ -343,7 +343,7 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
         "tabulated": Tabulated,
     }
     if not isinstance(kind, str) or kind not in kinds:
-        raise InputError(f"unknown transform kind {kind!r}", where="transform", mend=f"Use one of {', '.join(kinds)}")
+        raise InputError(f"unknown transform kind {kind!r}", where="transform", hint=f"Use one of {', '.join(kinds)}")
     try:
         return kinds[kind](**fields)
     except InputError:
@@ -352,7 +352,7 @@ def transform_from_dict(description: Mapping[str, Any]) -> RewardTransform:
         raise InputError(
             f"the description of a transform of kind {kind!r} does not fit: {error}",
             where="transform",
-            mend="Give exactly the fields that its to_dict writes",
+            hint="Give exactly the fields that its to_dict writes",
         ) from error
 
 
@@ -363,7 +363,7 @@ def check_is_transform(value: object, where: str) -> None:
         InputError: If it is not.
     """
     if not isinstance(value, RewardTransform):
-        raise InputError(f"{value!r} is not a transform", where=where, mend="Give one, such as infalign.Identity()")
+        raise InputError(f"{value!r} is not a transform", where=where, hint="Give one, such as infalign.Identity()")
 
 
 def positive_beta(beta: float) -> float:
@@ -375,7 +375,7 @@ def positive_beta(beta: float) -> float:
     return positive_number(beta, "beta", "Use a KL coefficient above 0")
 
 
-def positive_number(value: float, where: str, mend: str) -> float:
+def positive_number(value: float, where: str, hint: str) -> float:
     """The argument as a float.
 
     Raises:
@@ -386,7 +386,7 @@ def positive_number(value: float, where: str, mend: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):
-        raise InputError(f"{where} = {value!r} is not a positive finite number", where=where, mend=mend)
+        raise InputError(f"{where} = {value!r} is not a positive finite number", where=where, hint=hint)
     return number
 
 

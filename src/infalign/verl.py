@@ -68,7 +68,7 @@ class _OfRun:
                 raise InputError(
                     "extra_info holds no prompt_id",
                     where="verl compute_score",
-                    mend="Write the id of each prompt into the data set's column extra_info, as prompt_id",
+                    hint="Write the id of each prompt into the data set's column extra_info, as prompt_id",
                 )
             prompt_ids.append(str(extra_info["prompt_id"]))
         worth = self._reward(prompt_ids, responses)

@@ -1,4 +1,4 @@
-"""Stored evaluations: whole, or refused with the mend."""
+"""Stored evaluations: whole, or refused with a hint."""
 
 import json
 

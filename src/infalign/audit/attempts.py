@@ -96,7 +96,7 @@ def plan_attempts(prompts: Sequence[Prompt], count: int, augmentation: Augmentat
             if owner.setdefault(sent.id, prompt.id) != prompt.id:
                 # A store could not tell whose attempt it was, and both would be judged as one.
                 raise InputError(f"prompt {prompt.id} and prompt {owner[sent.id]} become the same text",
-                                 where="augment", mend="Leave one out, or change sigma or the seed")  # fmt: skip
+                                 where="augment", hint="Leave one out, or change sigma or the seed")  # fmt: skip
             index_PM[p, m] = seen[sent.id]
             seen[sent.id] += 1
     return Attempts(prompts, sent_PM, index_PM)

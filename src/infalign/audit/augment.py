@@ -127,9 +127,9 @@ class Augmentation:
         unknown = [way for way in self.ways if way not in WAYS]
         if unknown:
             raise InputError(f"unknown augmentation {unknown[0]!r}", where="augment",
-                             mend=f"Use all, none, or some of {', '.join(WAYS)}")  # fmt: skip
+                             hint=f"Use all, none, or some of {', '.join(WAYS)}")  # fmt: skip
         if not 0.0 <= self.sigma <= 1.0:
-            raise InputError(f"the strength is {self.sigma}", where="sigma", mend="Give a number from 0 to 1")
+            raise InputError(f"the strength is {self.sigma}", where="sigma", hint="Give a number from 0 to 1")
 
     @classmethod
     def parse(cls, text: str, *, sigma: float = 0.4, seed: int = 0) -> Augmentation:
@@ -164,7 +164,7 @@ class Augmentation:
         at = next((at for at in reversed(range(len(prompt))) if prompt[at]["role"] == "user"), None)
         if at is None:
             raise InputError("there is no message of the user", where=f"prompt {prompt_id}",
-                             mend="Give at least one message with the role user")  # fmt: skip
+                             hint="Give at least one message with the role user")  # fmt: skip
         changed: Message = {**prompt[at], "content": self._reword(prompt[at]["content"], prompt_id, attempt)}
         return [*prompt[:at], changed, *prompt[at + 1 :]]
 

@@ -205,7 +205,7 @@ def extrapolate(
     inside = [n for n in ns if n <= num_attempts]
     if inside:
         raise InputError(f"N = {inside[0]} was measured with {counted(num_attempts, 'attempt')}", where="extrapolate",
-                         mend="Ask for N above the attempts made")  # fmt: skip
+                         hint="Ask for N above the attempts made")  # fmt: skip
     fit_ns = sizes(num_attempts)
     rates_PN = success_rates(successes_P, num_attempts)[:, [n - 1 for n in fit_ns]]
     counts_P = np.asarray(successes_P, np.int64)

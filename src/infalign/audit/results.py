@@ -132,7 +132,7 @@ class AuditResult:
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 "this audit was not stored by this version of infalign",
-                mend="Give the same `infalign audit` command again: attempts and scores are kept",
+                hint="Give the same `infalign audit` command again: attempts and scores are kept",
             ) from error
 
 

@@ -57,7 +57,7 @@ class Judge:
         if self.threshold is not None and not np.isfinite(
             self.threshold
         ):  # no reward is below nan: all would look safe
-            raise InputError(f"the threshold is {self.threshold}", where="judge", mend="Give a finite number")
+            raise InputError(f"the threshold is {self.threshold}", where="judge", hint="Give a finite number")
 
     def successes(self, scores_PM: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which attempts succeeded.
@@ -70,7 +70,7 @@ class Judge:
         odd = scores_PM[(scores_PM != 0.0) & (scores_PM != 1.0)]
         if odd.size:
             raise InputError(f"it returned {odd[0]:g}, neither True nor False", where=str(self.source),
-                             mend="Return True where an attempt succeeded; numbers go with --threshold")  # fmt: skip
+                             hint="Return True where an attempt succeeded; numbers go with --threshold")  # fmt: skip
         return scores_PM == 1.0
 
     def __str__(self) -> str:
@@ -102,12 +102,12 @@ class AuditSettings:
     def __post_init__(self) -> None:
         for name in ("attempts", "max_new_tokens", "benign_attempts"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}", where="audit", mend="Give at least 1")
+                raise InputError(f"{name} is {getattr(self, name)}", where="audit", hint="Give at least 1")
         if self.predict is not None and self.predict <= self.attempts:
             raise InputError(f"N = {self.predict} is measured, not predicted, with {counted(self.attempts, 'attempt')}",
-                             where="predict", mend="Give an N above the attempts")  # fmt: skip
+                             where="predict", hint="Give an N above the attempts")  # fmt: skip
         if not 0 < self.confidence < 1:
-            raise InputError(f"the confidence level is {self.confidence}", where="audit", mend="Give one in (0, 1)")
+            raise InputError(f"the confidence level is {self.confidence}", where="audit", hint="Give one in (0, 1)")
 
     @property
     def predicted(self) -> list[int]:
@@ -154,7 +154,7 @@ def audit(
     labels = [target.label for target in targets]
     if not labels or len(set(labels)) < len(labels):
         raise InputError(f"the models' names are {', '.join(labels) or 'none'}", where="audit",
-                         mend="Give at least one model, each with its own name (NAME=MODEL)")  # fmt: skip
+                         hint="Give at least one model, each with its own name (NAME=MODEL)")  # fmt: skip
     refusal = refusal or RefusalPhrases()
     attacks = plan_attempts(prompts, settings.attempts, settings.augmentation)
     # Benign prompts are asked as they are: what is measured is what ordinary users would see.
@@ -200,7 +200,7 @@ def _measure(
         if refused_PM.min() < 0 or refused_PM.max() > 1:
             odd = refused_PM[(refused_PM < 0) | (refused_PM > 1)][0]
             raise InputError(f"it scored a response {odd:g}", where=str(refusal),
-                             mend="Return 1 (or True) for a refusal and 0 for none")  # fmt: skip
+                             hint="Return 1 (or True) for a refusal and 0 for none")  # fmt: skip
         over_refusal = Measured.of(share_estimate(refused_PM.mean(axis=1), confidence=settings.confidence))
     with stage(f"Measure {target.label}"):
         return measure_model(

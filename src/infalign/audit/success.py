@@ -105,7 +105,7 @@ def require_n(n: int, num_attempts: int) -> None:
     """Raise InputError unless 1 <= N <= M."""
     if not 1 <= n <= num_attempts:
         raise InputError(f"N = {n} cannot be measured with {counted(num_attempts, 'attempt')} per prompt", where="ns",
-                         mend=f"Use N from 1 to {num_attempts}, or more attempts")  # fmt: skip
+                         hint=f"Use N from 1 to {num_attempts}, or more attempts")  # fmt: skip
 
 
 def _checked_counts(successes_P: ArrayLike, num_attempts: int) -> IntArray:

@@ -139,16 +139,16 @@ def _judge(reward: str | None, threshold: float | None, success: str | None) -> 
 
     if (reward is None) == (success is None):
         raise InputError("it is not said, or said twice, when an attempt succeeds", where="audit",
-                         mend="Give either --reward with --threshold, or --success")  # fmt: skip
+                         hint="Give either --reward with --threshold, or --success")  # fmt: skip
     if success is not None:
         if threshold is not None:
-            raise InputError("--threshold goes with --reward", where="audit", mend="Leave it out with --success")
+            raise InputError("--threshold goes with --reward", where="audit", hint="Leave it out with --success")
         if success == "not-refused":
             return Judge(RefusalPhrases(), 0.5)
         return Judge(open_named_reward(success, option="--success"), None)
     if threshold is None:
         raise InputError("a reward has no natural line between safe and harmful", where="--reward",
-                         mend="Give --threshold: an attempt succeeds with a reward below it")  # fmt: skip
+                         hint="Give --threshold: an attempt succeeds with a reward below it")  # fmt: skip
     assert reward is not None, "checked above"
     return Judge(open_named_reward(reward), threshold)
 
@@ -175,7 +175,7 @@ def _named(text: str) -> tuple[str, str]:
     if equals and not Path(text).exists():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise InputError(f"{name!r} cannot name a model", where="--model",
-                             mend="Use letters, digits, dots, hyphens and underscores")  # fmt: skip
+                             hint="Use letters, digits, dots, hyphens and underscores")  # fmt: skip
         return name, model
     parts = [part for part in Path(text).parts if part not in ("/", "..", ".")]
     own = parts[-2] if len(parts) > 1 and parts[-1] == "model" else (parts or ["model"])[-1]

@@ -97,18 +97,18 @@ def decode_command(
 ) -> None:
     """Draw candidates, rank them by the reward, and give the one that the procedure picks."""
     if block is not None and stop_at is None and stop_reward is None:
-        raise InputError("--block goes with --stop-at or --stop-reward", where="decode", mend="Leave it out")
+        raise InputError("--block goes with --stop-at or --stop-reward", where="decode", hint="Leave it out")
     if prune_keep is not None and prune_every is None:
-        raise InputError("--prune-keep goes with --prune-every", where="decode", mend="Give both, or leave it out")
+        raise InputError("--prune-keep goes with --prune-every", where="decode", hint="Give both, or leave it out")
     block, prune_keep = block or 1, 0.5 if prune_keep is None else prune_keep
     chosen = _procedure(procedure, n, k, stop_at, block)
     if (prompt is None) == (prompts is None):
-        raise InputError("nothing to answer, or twice", where="decode", mend="Give one prompt, or --prompts FILE")
+        raise InputError("nothing to answer, or twice", where="decode", hint="Give one prompt, or --prompts FILE")
     if (model is None) == (endpoint is None):
-        raise InputError("one model is needed", where="decode", mend="Give --model, or --endpoint and --model-name")
+        raise InputError("one model is needed", where="decode", hint="Give --model, or --endpoint and --model-name")
     if (endpoint is None) != (model_name is None):
         raise InputError("a model behind an endpoint has a name there", where="decode",
-                         mend="Give --endpoint and --model-name")  # fmt: skip
+                         hint="Give --endpoint and --model-name")  # fmt: skip
     if prompts is None:
         options.refuse_idle("decode", "without --prompts", {"--column": column, "--limit": limit})
     if endpoint is None:
@@ -133,7 +133,7 @@ def decode_command(
         wanted = [as_message(one) for one in wanted]
     if any(isinstance(one.prompt, str) != isinstance(wanted[0].prompt, str) for one in wanted):
         raise InputError("some prompts are text and some are chat messages", where=str(prompts),
-                         mend="Give one kind, or --chat")  # fmt: skip
+                         hint="Give one kind, or --chat")  # fmt: skip
     weights: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     source = None if reward is None else open_named_reward(reward, **weights)
     if isinstance(source, FunctionReward):
@@ -200,7 +200,7 @@ def decode_command(
         raise RewardError(
             f"{len(failures)} of {counted(len(todo), 'prompt')} {'has' if len(failures) == 1 else 'have'} no answer; "
             f"the first: {failures[0]}",
-            mend=None if out is None else "What is answered is kept; start again to try the others",
+            hint=None if out is None else "What is answered is kept; start again to try the others",
         )
 
 
@@ -209,7 +209,7 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
     if stop_at is None:
         return chosen
     if not isinstance(chosen, BestOfN):
-        raise InputError(f"--stop-at is for Best-of-N, not for {chosen.label}", where="decode", mend="Leave it out")
+        raise InputError(f"--stop-at is for Best-of-N, not for {chosen.label}", where="decode", hint="Leave it out")
     from infalign.procedures import EarlyStopping
 
     return EarlyStopping(chosen.n, stop_at, block)

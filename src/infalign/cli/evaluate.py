@@ -103,16 +103,16 @@ def evaluate_command(
             raise InputError(
                 "a recipe says itself what is evaluated, and how",
                 where="evaluate",
-                mend="Give a recipe alone, or --model, or --run; --set evaluation.num_samples=… changes a recipe",
+                hint="Give a recipe alone, or --model, or --run; --set evaluation.num_samples=… changes a recipe",
             )
         execute(recipe, set_, out, only="evaluate", as_json=json_)
         return
     if not model and run is None:
-        raise InputError("there is nothing to evaluate", where="evaluate", mend="Give a recipe, or --model, or --run")
+        raise InputError("there is nothing to evaluate", where="evaluate", hint="Give a recipe, or --model, or --run")
     if set_:
         raise InputError("--set changes a recipe, and there is none", where="evaluate")
     if checkpoints and run is None:
-        raise InputError("--checkpoints are those of a run", where="evaluate", mend="Give --run RUN")
+        raise InputError("--checkpoints are those of a run", where="evaluate", hint="Give --run RUN")
     if prompts is None:
         refuse_idle("evaluate", "without --prompts", {"--column": column})
     allow_local_rewards(Path.cwd())
@@ -132,7 +132,7 @@ def evaluate_command(
     names = [one.label for one in gold_rewards]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
-        raise InputError(f"two gold rewards are called {repeated}", where="--gold", mend="Write --gold NAME=REWARD")
+        raise InputError(f"two gold rewards are called {repeated}", where="--gold", hint="Write --gold NAME=REWARD")
     if not gold and made is not None:
         gold_rewards = list(made.evaluation.gold)
     from infalign.procedures import BestOfN, Standard, WorstOfN
@@ -206,7 +206,7 @@ def _reference(given: str | None, run: Path | None, made: Recipe | None) -> str:
     if given is not None:
         return given
     if run is None or made is None:
-        raise InputError("there is no reference", where="evaluate", mend="Give --reference")
+        raise InputError("there is no reference", where="evaluate", hint="Give --reference")
     return made.policy.model or str(run / "models" / "reference")
 
 
@@ -216,9 +216,9 @@ def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
     if given is not None:
         return open_reward(_reward_section(given))
     if run is None or made is None:
-        raise InputError("there is no reward", where="evaluate", mend="Give --reward")
+        raise InputError("there is no reward", where="evaluate", hint="Give --reward")
     if len(made.reward) > 1:
-        raise InputError("the run combines several rewards", where=str(run), mend="Give --reward and --gold")
+        raise InputError("the run combines several rewards", where=str(run), hint="Give --reward and --gold")
     return open_reward(made.reward[0], testbed_model=str(run / "models" / "reward"))
 
 
@@ -232,5 +232,5 @@ def _prompts(given: Path | None, column: str, run: Path | None, reporter: Consol
             reporter.say(told_duplicates(loaded, given))
         return loaded
     if run is None:
-        raise InputError("there are no prompts", where="evaluate", mend="Give --prompts FILE")
+        raise InputError("there are no prompts", where="evaluate", hint="Give --prompts FILE")
     return read_prompts(run, "evaluation")

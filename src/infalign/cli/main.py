@@ -1,6 +1,6 @@
 """The command line: one file per verb, errors as one plain message.
 
-Exit codes: 0 success, 1 a fault of this library, 2 something the user can mend, 130 stopped by the user.
+Exit codes: 0 success, 1 a fault of this library, 2 something the user can fix, 130 stopped by the user.
 """
 
 from __future__ import annotations

@@ -57,4 +57,4 @@ def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:
     """
     for name, value in options.items():
         if value is not None:
-            raise InputError(f"{name} does nothing {how}", where=verb, mend="Leave it out")
+            raise InputError(f"{name} does nothing {how}", where=verb, hint="Leave it out")

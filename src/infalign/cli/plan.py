@@ -50,7 +50,7 @@ def plan_command(
 
         check_ending(plot)  # before the work, not after it
         if save is not None and save.resolve() == plot.resolve():
-            raise InputError(f"--save and --plot both name {str(plot)!r}", where="plan", mend="Give two files")
+            raise InputError(f"--save and --plot both name {str(plot)!r}", where="plan", hint="Give two files")
     chosen = parse_procedure(procedure, n, k)
     result = plan(
         chosen,

@@ -31,7 +31,7 @@ def report_command(
         raise InputError(
             "there is no run folder and no recipe of this name",
             where=str(run),
-            mend="Give the folder that `infalign run` or `infalign evaluate` wrote, or the recipe",
+            hint="Give the folder that `infalign run` or `infalign evaluate` wrote, or the recipe",
         )
     if not run.is_dir():
         if format_ == "html":
@@ -41,7 +41,7 @@ def report_command(
 
         run = out or Path("runs") / load_recipe(run, set_ or []).name
     elif set_ or out is not None:
-        raise InputError("--set and --out go with a recipe", where="report", mend="Give the recipe, or leave them out")
+        raise InputError("--set and --out go with a recipe", where="report", hint="Give the recipe, or leave them out")
     from infalign.report.build import build_report
 
     path, content = build_report(run, format_)

@@ -87,10 +87,10 @@ def serve_command(
     reporter = ConsoleReporter()
     if (model is None) == (upstream is None):
         raise InputError(
-            "one model is served", where="serve", mend="Give either --model, or --upstream and --model-name"
+            "one model is served", where="serve", hint="Give either --model, or --upstream and --model-name"
         )
     if (upstream is None) != (model_name is None):
-        raise InputError("a model upstream has a name there", where="serve", mend="Give --upstream and --model-name")
+        raise InputError("a model upstream has a name there", where="serve", hint="Give --upstream and --model-name")
     if upstream is None:
         options.refuse_idle(
             *("serve", "without --upstream"),
@@ -100,7 +100,7 @@ def serve_command(
         options.refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
     batch_size, concurrency = batch_size or 16, concurrency or 16
     if block is not None and stop_reward is None:
-        raise InputError("--block goes with --stop-reward", where="serve", mend="Leave it out")
+        raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
     chosen = parse_procedure(procedure, n, k)
     key = _key(api_key_variable, "--api-key-variable")
     _key(upstream_key_variable, "--upstream-key-variable")
@@ -178,7 +178,7 @@ def _key(variable: str | None, option: str) -> str | None:
         return None
     key = os.environ.get(variable, "")
     if not key.strip():
-        raise InputError(f"the environment variable {variable} is not set", where=option, mend="Put the key into it")
+        raise InputError(f"the environment variable {variable} is not set", where=option, hint="Put the key into it")
     return key.strip()
 
 

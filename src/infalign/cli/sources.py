@@ -95,14 +95,14 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
     name = text.strip().lower()
     if name in ("best-of-n", "worst-of-n", "order-statistic"):
         if n is None:
-            raise InputError(f"{name} needs the number of responses", where="procedure", mend="Add --n, such as --n 4")
+            raise InputError(f"{name} needs the number of responses", where="procedure", hint="Add --n, such as --n 4")
         if name == "order-statistic" and k is None:
-            raise InputError("order-statistic needs --k", where="procedure", mend="Add --k, such as --k 3")
+            raise InputError("order-statistic needs --k", where="procedure", hint="Add --k, such as --k 3")
         if name != "order-statistic" and k is not None:
-            raise InputError(f"--k does not go with {name}", where="procedure", mend="Leave it out")
+            raise InputError(f"--k does not go with {name}", where="procedure", hint="Leave it out")
         return procedure_from_dict({"kind": name, "n": n, **({} if k is None else {"k": k})})
     if n is not None or k is not None:
-        raise InputError(f"--n and --k do not go with {text!r}", where="procedure", mend="Leave them out")
+        raise InputError(f"--n and --k do not go with {text!r}", where="procedure", hint="Leave them out")
     named = procedure_from_name(name)
     if named is not None:
         return named
@@ -115,12 +115,12 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
         except ValueError as error:
             raise InputError(f"not a JSON file ({error})", where=str(path)) from error
         if isinstance(description, dict) and description.get("format") == "infalign.transform":
-            raise InputError("this is a transform, not a procedure", where=str(path), mend="Use it in a recipe")
+            raise InputError("this is a transform, not a procedure", where=str(path), hint="Use it in a recipe")
         try:
             return procedure_from_dict(description)
         except InputError as error:
-            raise InputError(f"{error.where}: {error.what}", where=str(path), mend=error.mend) from error
-    raise InputError(f"unknown procedure {text!r}", where="procedure", mend=f"Use one of {PROCEDURE}")
+            raise InputError(f"{error.where}: {error.what}", where=str(path), hint=error.hint) from error
+    raise InputError(f"unknown procedure {text!r}", where="procedure", hint=f"Use one of {PROCEDURE}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
             if str(reward) == str(own)
             else f"the reward is {reward}, the calibration was made with {own}",
             where=f"--calibration {run_folder}",
-            mend="Do `infalign calibrate` again with the changed reward"
+            hint="Do `infalign calibrate` again with the changed reward"
             if own.key not in scored_by
             else "Leave --reward out to use the run's own",
         )

@@ -61,7 +61,7 @@ class AnswerFile:
             lock.acquire()
         except Timeout as error:
             raise StorageError("another process is writing to this file", where=str(self.path),
-                               mend="Wait until it has ended") from error  # fmt: skip
+                               hint="Wait until it has ended") from error  # fmt: skip
         except OSError as error:
             raise StorageError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
         try:
@@ -86,7 +86,7 @@ class AnswerFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(f"cannot be written ({error.strerror})", where=str(self.path),
-                               mend="Make room and start again: what is done is kept") from error  # fmt: skip
+                               hint="Make room and start again: what is done is kept") from error  # fmt: skip
 
     def _read(self) -> set[str]:
         """Prompts answered; drops a last line that was cut short."""
@@ -116,11 +116,11 @@ class AnswerFile:
             row: dict[str, Any] = json.loads(line.decode("utf-8"))
             prompt_id, there = str(row["prompt_id"]), dict(row["made_by"])
         except (ValueError, KeyError, TypeError) as error:
-            raise StorageError("this line is not an answer", where=where, mend="Give another file") from error
+            raise StorageError("this line is not an answer", where=where, hint="Give another file") from error
         now = self.made_by
         if there != now:
             different = [f"{name} was {there.get(name)!r} and is now {now.get(name)!r}"
                          for name in {**there, **now} if there.get(name) != now.get(name)]  # fmt: skip
             raise MismatchError("these answers were made otherwise: " + "; ".join(different), where=where,
-                                mend="Give another file, or go back to what made them")  # fmt: skip
+                                hint="Give another file, or go back to what made them")  # fmt: skip
         return prompt_id

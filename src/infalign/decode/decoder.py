@@ -127,15 +127,15 @@ class Decoder:
     ) -> None:
         check_is_procedure(procedure, "Decoder")
         if (calibrator is None) != (prompt_ids is None):
-            raise InputError("a calibrator goes with the prompt ids of its rows", where="Decoder", mend="Give both")
+            raise InputError("a calibrator goes with the prompt ids of its rows", where="Decoder", hint="Give both")
         if calibrator is not None and prompt_ids is not None and len(prompt_ids) != calibrator.num_prompts:
             raise InputError(
                 f"{len(prompt_ids)} prompt ids for a calibrator of {counted(calibrator.num_prompts, 'prompt')}",
                 where="Decoder",
-                mend="Give one id per row that the calibrator was fitted on, in the same order",
+                hint="Give one id per row that the calibrator was fitted on, in the same order",
             )
         if stop_reward is not None and not np.isfinite(stop_reward):
-            raise InputError(f"stop_reward is {stop_reward}", where="Decoder", mend="Give a finite number")
+            raise InputError(f"stop_reward is {stop_reward}", where="Decoder", hint="Give a finite number")
         self.sampler = sampler
         self.reward = reward
         self.procedure = procedure
@@ -207,7 +207,7 @@ class Decoder:
                 answers[at] = InputError(
                     f"prompt {prompt.id} has no reference rewards to find its quantiles with",
                     where=tasks[at].procedure.label,
-                    mend="Calibrate on this prompt, use Best-of-N, or stop at a reward (stop_reward)",
+                    hint="Calibrate on this prompt, use Best-of-N, or stop at a reward (stop_reward)",
                 )
                 del tasks[at]
         names = column_names([task.prompt for task in tasks.values()])
@@ -229,16 +229,16 @@ class Decoder:
             raise InputError(
                 f"{part.label} does not say how many candidates it draws",
                 where="Decoder",
-                mend="Use one with a finite n: Standard, BestOfN, WorstOfN, OrderStatistic, or a Mixture of them",
+                hint="Use one with a finite n: Standard, BestOfN, WorstOfN, OrderStatistic, or a Mixture of them",
             )
         if self.reward is None and part.n > 1:
-            raise InputError(f"{part.label} needs a reward to rank candidates by", where="Decoder", mend="Give one")
+            raise InputError(f"{part.label} needs a reward to rank candidates by", where="Decoder", hint="Give one")
         if isinstance(part, EarlyStopping):
             if self.calibrator is None:
                 raise InputError(
                     f"{part.label} stops at a calibrated reward, and there is no calibration",
                     where="Decoder",
-                    mend="Give a calibrator with its prompt ids, or stop at a reward (stop_reward)",
+                    hint="Give a calibrator with its prompt ids, or stop at a reward (stop_reward)",
                 )
         else:
             part.selection_weights(part.n)
@@ -303,7 +303,7 @@ class Decoder:
                 f"{len(unscored)} of {counted(len(candidates), 'candidate')} for prompt {task.prompt.id} could "
                 f"not be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
-                mend=f"Mend the reward: {part.label} is a matter of ranks, and needs every candidate's",
+                hint=f"Mend the reward: {part.label} is a matter of ranks, and needs every candidate's",
             )
         good = any(self._good_enough(part, one) for one in candidates)
         if task.blocks and not good:
@@ -363,7 +363,7 @@ class Decoder:
                 raise InputError(
                     "several rewards can only be combined by where they lie among a reference's, and there is none",
                     where=str(self.reward),
-                    mend="Calibrate on this prompt, or decode with one reward",
+                    hint="Calibrate on this prompt, or decode with one reward",
                 )
             rewards = np.full(len(owners), np.nan)
             rewards[known] = self.calibrator.score(scores.rewards[known], prompt_index=row_B[known])

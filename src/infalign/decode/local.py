@@ -70,7 +70,7 @@ class LocalSampler(CandidateSampler):
         name: str | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}", where="LocalSampler", mend="Give at least 1")
+            raise InputError(f"batch_size is {batch_size}", where="LocalSampler", hint="Give at least 1")
         self.name = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
         self._model = model
         self._tokenizer = tokenizer

@@ -42,7 +42,7 @@ class Pruning:
     def __post_init__(self) -> None:
         object.__setattr__(self, "every", whole_number(self.every, "every", "Pruning"))
         if not 0.0 < self.keep <= 1.0:
-            raise InputError(f"keep is {self.keep}", where="Pruning", mend="Give a share in (0, 1], such as 0.5")
+            raise InputError(f"keep is {self.keep}", where="Pruning", hint="Give a share in (0, 1], such as 0.5")
 
 
 class PruningDecoder(Decoder):
@@ -74,12 +74,12 @@ class PruningDecoder(Decoder):
         if not isinstance(procedure, BestOfN):
             raise InputError(
                 "only Best-of-N can reject what is not among the best so far", where="PruningDecoder",
-                mend="Use Decoder for other procedures",
+                hint="Use Decoder for other procedures",
             )  # fmt: skip
         if not isinstance(sampler, LocalSampler):
-            raise InputError("the model must be in this process", where="PruningDecoder", mend="Give a LocalSampler")
+            raise InputError("the model must be in this process", where="PruningDecoder", hint="Give a LocalSampler")
         if settings.get("stop_reward") is not None:
-            raise InputError("stop_reward does not go with pruning", where="PruningDecoder", mend="Leave one out")
+            raise InputError("stop_reward does not go with pruning", where="PruningDecoder", hint="Leave one out")
         super().__init__(sampler, reward, procedure, **settings)
         self.pruning = pruning
         self._local = sampler
@@ -122,7 +122,7 @@ class PruningDecoder(Decoder):
                 f"{len(unscored)} of {counted(len(scored), 'candidate')} for prompt {task.prompt.id} could not "
                 f"be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
-                mend="Mend the reward: it must be able to judge beginnings as well",
+                hint="Mend the reward: it must be able to judge beginnings as well",
             )
         ended = [one for one in task.candidates if one.finish_reason != REJECTED]
         # Those that have ended cost nothing more, so they stay; they count among the best, and so reject others.

@@ -47,7 +47,7 @@ class EndpointSampler(CandidateSampler):
         request_fields: Mapping[str, Any] | None = None,
     ) -> None:
         if concurrency < 1:
-            raise InputError(f"concurrency is {concurrency}", where="EndpointSampler", mend="Give at least 1")
+            raise InputError(f"concurrency is {concurrency}", where="EndpointSampler", hint="Give at least 1")
         self.name = model
         self._server = PlainSampling(endpoint, request_fields)
         self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}

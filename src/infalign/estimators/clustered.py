@@ -132,7 +132,7 @@ def paired_difference(a: Estimate, b: Estimate, *, confidence: float | None = No
     if a.num_prompts != b.num_prompts:
         raise InputError(
             f"a paired difference needs the same prompts: one side has {a.num_prompts} and the other {b.num_prompts}",
-            mend="Evaluate both on the same list of prompts, in the same order",
+            hint="Evaluate both on the same list of prompts, in the same order",
         )
     differences = a.per_prompt - b.per_prompt
     # Equal values summed in another order differ by rounding, which must not count as a resolved difference.
@@ -207,7 +207,7 @@ def checked(values: ArrayLike, name: str, *, axes: str, finite: bool = False) ->
         raise InputError(
             f"the shape must be ({', '.join(axes)}), none of them zero, not {array.shape}",
             where=name,
-            mend="Give one row for each prompt, also if there is only one",
+            hint="Give one row for each prompt, also if there is only one",
         )
     bad = ~np.isfinite(array) if finite or len(axes) == 1 else np.isnan(array)
     if bad.any():
@@ -217,7 +217,7 @@ def checked(values: ArrayLike, name: str, *, axes: str, finite: bool = False) ->
             f"{int(bad.sum())} of {array.size} values are {'NaN' if np.isnan(array[bad]).all() else 'not finite'} "
             f"(first: {place}; {counted(int(np.unique(np.argwhere(bad)[:, 0]).size), 'prompt')} affected)",
             where=name,
-            mend="Score those responses again or leave their prompts out on purpose; they are never averaged away",
+            hint="Score those responses again or leave their prompts out on purpose; they are never averaged away",
         )
     return array
 
@@ -230,6 +230,6 @@ def checked_pair(rewards_PG: ArrayLike, ref_rewards_PK: ArrayLike) -> tuple[Floa
         raise InputError(
             f"policy rewards cover {counted(rewards.shape[0], 'prompt')} and reference rewards {ref_rewards.shape[0]}",
             where="rewards_PG, ref_rewards_PK",
-            mend="Give one row for each prompt in both, in the same order",
+            hint="Give one row for each prompt in both, in the same order",
         )
     return rewards, ref_rewards

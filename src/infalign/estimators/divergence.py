@@ -94,7 +94,7 @@ def kl_efficiency(
     calibrated_PG = checked(calibrated_rewards_PG, "calibrated_rewards_PG", axes="PG", finite=True)
     if calibrated_PG.min() < 0 or calibrated_PG.max() > 1:
         raise InputError(
-            "calibrated rewards must lie in [0, 1]", where="calibrated_rewards_PG", mend="Calibrate them first"
+            "calibrated rewards must lie in [0, 1]", where="calibrated_rewards_PG", hint="Calibrate them first"
         )
     if num_ref is None:
         low_PG = high_PG = calibrated_PG

@@ -99,7 +99,7 @@ def win_rates(
                 f"scores of shape {judge_PG.shape} and {judge_ref_PK.shape} for rewards of shape {rewards_PG.shape} "
                 f"and {ref_rewards_PK.shape}",
                 where="judged_by",
-                mend="Score every response with both rewards",
+                hint="Score every response with both rewards",
             )
         weigh, judge_PG = _chosen_by(rewards_PG, judge_PG)
         ref_weigh, judge_ref_PK = _chosen_by(ref_rewards_PK, judge_ref_PK)

@@ -67,10 +67,10 @@ def compare(results: Sequence[MethodResult], *, baseline: str) -> list[Compariso
     """
     labels = [result.label for result in results]
     if len(set(labels)) != len(labels):
-        raise InputError(f"two results share a name: {', '.join(labels)}", mend="Give each method its own label")
+        raise InputError(f"two results share a name: {', '.join(labels)}", hint="Give each method its own label")
     if baseline not in labels:
         raise InputError(
-            f"no result is named {baseline!r}", where="baseline", mend=f"Choose one of {', '.join(labels)}"
+            f"no result is named {baseline!r}", where="baseline", hint=f"Choose one of {', '.join(labels)}"
         )
     base = results[labels.index(baseline)]
     return compare_pairs([(result, base) for result in results if result is not base])
@@ -204,10 +204,10 @@ def _check_paired(result: MethodResult, base: MethodResult) -> None:
     ):
         raise MismatchError(
             f"{result.label} and {base.label} were evaluated on different prompts",
-            mend="Evaluate both on the same list of prompts, in the same order",
+            hint="Evaluate both on the same list of prompts, in the same order",
         )
     if result.reward != base.reward:
         raise MismatchError(
             f"{result.label} was judged by {result.reward} and {base.label} by {base.reward}",
-            mend="Compare results of one reward",
+            hint="Compare results of one reward",
         )

@@ -171,11 +171,11 @@ def length_matched_win_rate(
     rewards_PG, ref_rewards_PK = np.asarray(rewards_PG, np.float64), np.asarray(ref_rewards_PK, np.float64)
     lengths_PG, ref_lengths_PK = np.asarray(lengths_PG, np.float64), np.asarray(ref_lengths_PK, np.float64)
     if np.isnan(rewards_PG).any() or np.isnan(ref_rewards_PK).any():
-        raise InputError("a reward is NaN", where="rewards_PG, ref_rewards_PK", mend="Score those responses again")
+        raise InputError("a reward is NaN", where="rewards_PG, ref_rewards_PK", hint="Score those responses again")
     if lengths_PG.shape != rewards_PG.shape or ref_lengths_PK.shape != ref_rewards_PK.shape:
         raise InputError("lengths and rewards differ in shape", where="lengths_PG, ref_lengths_PK")
     if not (lengths_PG > 0).all() or not (ref_lengths_PK > 0).all():
-        raise InputError("lengths must be positive", where="lengths_PG, ref_lengths_PK", mend="Count the end token")
+        raise InputError("lengths must be positive", where="lengths_PG, ref_lengths_PK", hint="Count the end token")
     widest = math.log1p(tolerance) + 1e-12
     pairs_P, wins_P = np.zeros(len(rewards_PG)), np.zeros(len(rewards_PG))
     for p in range(len(rewards_PG)):  # a prompt at a time: all pairs of all prompts would not fit in memory
@@ -186,7 +186,7 @@ def length_matched_win_rate(
         wins_P[p] = (match_GK * (ahead_GK + 0.5 * equal_GK)).mean()
     matched = float(pairs_P.mean())
     if matched == 0:
-        raise InputError("no two responses match in length", where="tolerance", mend="Raise the tolerance")
+        raise InputError("no two responses match in length", where="tolerance", hint="Raise the tolerance")
     ratio = float(wins_P.mean()) / matched
     return mean_estimate(ratio + (wins_P - ratio * pairs_P) / matched, confidence=confidence)
 
@@ -210,7 +210,7 @@ def distinct_ngrams(texts_PG: Sequence[Sequence[str]], *, n: int = 2, confidence
         if grams:
             shares.append(len(set(grams)) / len(grams))
     if not shares:
-        raise InputError(f"no response has {n} words", where="texts_PG", mend="Use a smaller n")
+        raise InputError(f"no response has {n} words", where="texts_PG", hint="Use a smaller n")
     return mean_estimate(shares, confidence=confidence)
 
 

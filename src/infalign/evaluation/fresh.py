@@ -100,7 +100,7 @@ def measure_store(
         try:
             ours, theirs = (one.rewards_PK(key, ids, num_samples) for one in (store, ref_store))
         except InputError as error:
-            raise InputError(error.what, where=f"gold reward {name} of {label}", mend=error.mend) from error
+            raise InputError(error.what, where=f"gold reward {name} of {label}", hint=error.hint) from error
         judges[name] = ours, theirs
     lengths_PG, ref_lengths_PK = column("num_tokens")
     reasons_PG, ref_reasons_PK = column("finish_reason")

@@ -62,7 +62,7 @@ def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_point
         InputError: If there is no result, or one was not measured under the procedure.
     """
     if not results:
-        raise InputError("there is nothing to draw", where="frontier", mend="Evaluate at least one method")
+        raise InputError("there is nothing to draw", where="frontier", hint="Evaluate at least one method")
     points: list[FrontierPoint] = []
     for result in results:
         win, kl = result.of(procedure).win_rate, result.kl
@@ -107,12 +107,12 @@ def win_rate_at(sweep: Sequence[MethodResult], procedure: str, kl: float, *, con
     if not runs or not 0 < kl <= runs[-1].kl.estimate:
         reach = f"0 to {runs[-1].kl.estimate:.3f}" if runs else "none"
         raise InputError(
-            f"KL {kl:.3f} is outside the measured range ({reach} nats)", mend="Choose a KL inside it or add a run"
+            f"KL {kl:.3f} is outside the measured range ({reach} nats)", hint="Choose a KL inside it or add a run"
         )
     num_prompts = runs[0].num_prompts
     if any(result.num_prompts != num_prompts for result in runs):
         raise InputError(
-            "the runs of a sweep must share their prompts", mend="Evaluate all on the same list of prompts"
+            "the runs of a sweep must share their prompts", hint="Evaluate all on the same list of prompts"
         )
     above = next(index for index, result in enumerate(runs) if result.kl.estimate >= kl)
     right_kl_P, right_win_P = _per_prompt(runs[above], procedure)
@@ -153,7 +153,7 @@ def difference_at(
     """
     ours, theirs = win_rate_at(sweep, procedure, kl), win_rate_at(baseline, procedure, kl)
     if ours.num_prompts != theirs.num_prompts:
-        raise InputError("the two sweeps have different prompts", mend="Evaluate both on the same list of prompts")
+        raise InputError("the two sweeps have different prompts", hint="Evaluate both on the same list of prompts")
     return difference_estimate(ours.per_prompt - theirs.per_prompt, confidence=confidence)
 
 

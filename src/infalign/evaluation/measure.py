@@ -85,7 +85,7 @@ def measure(
         try:
             judged[name] = win_rates(rewards_PG, ref_rewards_PK, procedures, judged_by=scores, confidence=confidence)
         except InputError as error:
-            raise InputError(error.what, where=f"{label}: {name}", mend=error.mend) from error
+            raise InputError(error.what, where=f"{label}: {name}", hint=error.hint) from error
     kl = sequence_kl(log_ratios_PG, confidence=confidence)
     useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
     # A ratio to a KL that may be zero says nothing.

@@ -72,7 +72,7 @@ class Evaluation:
         try:
             return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
         except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise InputError(_written_otherwise(data), where=where, mend=_OLD) from error
+            raise InputError(_written_otherwise(data), where=where, hint=_OLD) from error
 
     @classmethod
     def read(cls, folder: str | Path) -> Evaluation:
@@ -90,10 +90,10 @@ class Evaluation:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise StorageError(
-                "there is no finished evaluation here", where=str(folder), mend="Run `infalign evaluate` first"
+                "there is no finished evaluation here", where=str(folder), hint="Run `infalign evaluate` first"
             ) from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StorageError(f"the evaluation cannot be read ({error})", where=str(path), mend=_OLD) from error
+            raise StorageError(f"the evaluation cannot be read ({error})", where=str(path), hint=_OLD) from error
         return cls.from_dict(data, str(path))
 
 

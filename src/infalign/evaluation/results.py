@@ -262,7 +262,7 @@ class MethodResult:
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                "these results were not stored by this version of infalign", mend="Evaluate again"
+                "these results were not stored by this version of infalign", hint="Evaluate again"
             ) from error
 
     def of(self, procedure: str) -> ProcedureResult:
@@ -279,7 +279,7 @@ class MethodResult:
                 return entry
         raise InputError(
             f"{self.label} was not measured under {procedure}",
-            mend=f"Measured: {', '.join(entry.procedure for entry in self.procedures)}",
+            hint=f"Measured: {', '.join(entry.procedure for entry in self.procedures)}",
         )
 
 

@@ -102,7 +102,7 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, Evaluation]:
     paths = [Path(folder).resolve() for folder in folders]
     repeated = [str(path) for path in paths if paths.count(path) > 1]
     if repeated:
-        raise InputError("this run is given twice", where=repeated[0], mend="Name each run once")
+        raise InputError("this run is given twice", where=repeated[0], hint="Name each run once")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -133,7 +133,7 @@ def compare_runs(
         MismatchError: If runs differ in prompts, reward, reference, or length of responses; says in what.
     """
     if not runs:
-        raise InputError("there is nothing to compare", where="compare", mend="Give the folders of evaluated runs")
+        raise InputError("there is nothing to compare", where="compare", hint="Give the folders of evaluated runs")
     check_comparable(runs)
     first = next(iter(runs.values()))
     label = procedure or procedure_from_dict(first.procedure).label
@@ -150,7 +150,7 @@ def compare_runs(
         curves.setdefault(result.series, []).append(result)
     base = baseline or ("identity" if "identity" in curves else next(iter(curves)))
     if base not in curves:
-        raise InputError(f"no method is called {base!r}", where="--baseline", mend=f"There are: {', '.join(curves)}")
+        raise InputError(f"no method is called {base!r}", where="--baseline", hint=f"There are: {', '.join(curves)}")
     confidence = results[0].confidence
     found: list[tuple[str, float, Difference, Difference]] = []
     left_out: dict[str, str] = {}
@@ -208,7 +208,7 @@ def check_comparable(runs: Mapping[str, Evaluation]) -> None:
             raise MismatchError(
                 f"{name} and {other} differ in {'; '.join(different)}",
                 where="compare",
-                mend="Evaluate both alike: `infalign evaluate --model … --model … --reference … --prompts …`",
+                hint="Evaluate both alike: `infalign evaluate --model … --model … --reference … --prompts …`",
             )
 
 
@@ -240,7 +240,7 @@ def _require_measured(runs: Mapping[str, Evaluation], procedure: str) -> None:
     raise InputError(
         f"{lacking} was not measured under {procedure}{which}",
         where="compare",
-        mend=f"To compare them, {choose}{again}, or evaluation.procedures in its recipe",
+        hint=f"To compare them, {choose}{again}, or evaluation.procedures in its recipe",
     )
 
 

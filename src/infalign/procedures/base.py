@@ -61,7 +61,7 @@ class InferenceProcedure(ABC):
         raise InputError(
             f"{self.label} has no finite number of responses, so it has no selection weights",
             where="selection_weights",
-            mend="Use its distortion H instead, or a procedure that picks one of n responses by rank",
+            hint="Use its distortion H instead, or a procedure that picks one of n responses by rank",
         )
 
     @property
@@ -72,7 +72,7 @@ class InferenceProcedure(ABC):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description that `procedure_from_dict` reads back."""
         raise InputError(
-            f"{type(self).__name__} cannot be stored", where="to_dict", mend="Define to_dict in your procedure"
+            f"{type(self).__name__} cannot be stored", where="to_dict", hint="Define to_dict in your procedure"
         )
 
 
@@ -83,7 +83,7 @@ def check_is_procedure(value: object, where: str) -> None:
         InputError: If it is not.
     """
     if not isinstance(value, InferenceProcedure):
-        raise InputError(f"{value!r} is not a procedure", where=where, mend="Give one, such as infalign.BestOfN(4)")
+        raise InputError(f"{value!r} is not a procedure", where=where, hint="Give one, such as infalign.BestOfN(4)")
 
 
 def whole_number(value: SupportsIndex, name: str, where: str) -> int:

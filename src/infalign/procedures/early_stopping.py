@@ -62,14 +62,14 @@ class EarlyStopping(InferenceProcedure):
             object.__setattr__(self, "num_ref", whole_number(self.num_ref, "num_ref", "EarlyStopping"))
         if self.block > self.n:
             raise InputError(
-                f"a block of {self.block} is more than n = {self.n}", where="EarlyStopping", mend="Use 1 <= block <= n"
+                f"a block of {self.block} is more than n = {self.n}", where="EarlyStopping", hint="Use 1 <= block <= n"
             )
         given = cast(object, self.stop_at)
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0.0 <= given <= 1.0:
             raise InputError(
                 f"stop_at = {given!r} is not a number in [0, 1]",
                 where="EarlyStopping",
-                mend="Give a calibrated reward, such as 0.95",
+                hint="Give a calibrated reward, such as 0.95",
             )
         object.__setattr__(self, "stop_at", float(given))
 
@@ -124,7 +124,7 @@ class EarlyStopping(InferenceProcedure):
         raise InputError(
             f"{self.label} stops by a quantile, so m ranks have no selection weights",
             where="selection_weights",
-            mend="Use its distortion H, or decode with it and measure what comes out",
+            hint="Use its distortion H, or decode with it and measure what comes out",
         )
 
     def to_dict(self) -> dict[str, Any]:

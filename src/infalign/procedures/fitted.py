@@ -48,7 +48,7 @@ class FittedProcedure(InferenceProcedure):
             raise InputError("a weight is negative or not finite, or there is none", where="FittedProcedure")
         total = math.fsum(weights)
         if abs(total - 1.0) > 1e-6:
-            raise InputError(f"the weights sum to {total:g}", where="FittedProcedure", mend="Make them sum to 1")
+            raise InputError(f"the weights sum to {total:g}", where="FittedProcedure", hint="Make them sum to 1")
         object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
         object.__setattr__(self, "num_samples", whole_number(self.num_samples, "num_samples", "FittedProcedure"))
 
@@ -72,14 +72,14 @@ class FittedProcedure(InferenceProcedure):
         """
         values = unit_interval(ranks, "from_ranks", "Calibrate the rewards first").ravel()
         if values.size < 20:
-            raise InputError(f"{values.size} ranks are too few", where="from_ranks", mend="Give at least 20")
+            raise InputError(f"{values.size} ranks are too few", where="from_ranks", hint="Give at least 20")
         if num_ref is None:
             distinct = np.unique(values).size
             if distinct < 5:
                 raise InputError(
                     f"the {values.size} ranks take only {distinct} value{'s' if distinct > 1 else ''}",
                     where="from_ranks",
-                    mend="If they were calibrated with K reference rollouts, give num_ref=K",
+                    hint="If they were calibrated with K reference rollouts, give num_ref=K",
                 )
         else:
             num_ref = whole_number(num_ref, "num_ref", "from_ranks")
@@ -90,7 +90,7 @@ class FittedProcedure(InferenceProcedure):
                     f"a rank of {values[off][0]:.6g} does not come from {num_ref} reference rollouts: "
                     f"it is no multiple of 1/{2 * num_ref}",
                     where="from_ranks",
-                    mend="Correct num_ref, or leave it out if the calibrated rewards were smoothed",
+                    hint="Correct num_ref, or leave it out if the calibrated rewards were smoothed",
                 )
         fold = np.random.default_rng(seed).permutation(values.size) % _FOLDS
         scores: list[float] = []

@@ -50,28 +50,28 @@ class MeasuredProcedure:
         unknown = set(description) - {"kind", "decoder", "rollouts_per_prompt"}
         if unknown:
             raise InputError(f"unknown key {min(unknown)}", where="procedure",
-                             mend="A measured procedure has kind, decoder and rollouts_per_prompt")  # fmt: skip
+                             hint="A measured procedure has kind, decoder and rollouts_per_prompt")  # fmt: skip
         decoder = description["decoder"]
         given: object = {"function": decoder} if isinstance(decoder, str) else decoder
         settings: Mapping[str, Any] = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else {}
         if set(settings) not in ({"function"}, {"beam"}, {"top_p"}, {"proxy", "n"}):
-            raise InputError(f"{decoder!r} is no decoder", where="procedure.decoder", mend=f"Write {_FORMS}")
+            raise InputError(f"{decoder!r} is no decoder", where="procedure.decoder", hint=f"Write {_FORMS}")
         for name in ("beam", "n"):
             if name in settings and not (_whole(settings[name]) and settings[name] >= 2):
-                raise InputError(f"{name} is {settings[name]!r}", where="procedure.decoder", mend="Give 2 or more")
+                raise InputError(f"{name} is {settings[name]!r}", where="procedure.decoder", hint="Give 2 or more")
         top_p = settings.get("top_p", 0.5)
         if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p < 1:
-            raise InputError(f"top_p is {top_p!r}", where="procedure.decoder", mend="Give a number between 0 and 1")
+            raise InputError(f"top_p is {top_p!r}", where="procedure.decoder", hint="Give a number between 0 and 1")
         for name in ("function", "proxy"):
             if name in settings and not isinstance(settings[name], str):
-                raise InputError(f"{name} is {settings[name]!r}", where="procedure.decoder", mend=f"Write {_FORMS}")
+                raise InputError(f"{name} is {settings[name]!r}", where="procedure.decoder", hint=f"Write {_FORMS}")
         if ":" not in settings.get("function", ":"):
             raise InputError(f"{settings['function']!r} does not name a function", where="procedure.decoder",
-                             mend=f"Write {_FORMS}")  # fmt: skip
+                             hint=f"Write {_FORMS}")  # fmt: skip
         count = description.get("rollouts_per_prompt", 1 if "beam" in settings else 4)
         if not _whole(count) or count < 1 or ("beam" in settings and count > 1):
             raise InputError(f"rollouts_per_prompt is {count!r}", where="procedure",
-                             mend="Give 1 or more, and 1 for beam search, which always returns the same")  # fmt: skip
+                             hint="Give 1 or more, and 1 for beam search, which always returns the same")  # fmt: skip
         return cls(count, **settings)
 
     @property

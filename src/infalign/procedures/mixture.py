@@ -37,15 +37,15 @@ class Mixture(InferenceProcedure):
                 weight = float(weight)
             except (TypeError, ValueError) as error:
                 raise InputError(
-                    f"{part!r} is not a pair", where="Mixture", mend="Give pairs such as (0.5, BestOfN(4))"
+                    f"{part!r} is not a pair", where="Mixture", hint="Give pairs such as (0.5, BestOfN(4))"
                 ) from error
             check_is_procedure(procedure, "Mixture")
             if not (math.isfinite(weight) and weight > 0):
-                raise InputError(f"weight {weight!r} is not positive", where="Mixture", mend="Leave that part out")
+                raise InputError(f"weight {weight!r} is not positive", where="Mixture", hint="Leave that part out")
             flat += [(weight * inner, component) for inner, component in procedure.components]
         total = math.fsum(weight for weight, _ in flat)
         if not flat or abs(total - 1.0) > 1e-6:
-            raise InputError(f"the weights sum to {total:g}", where="Mixture", mend="Make them sum to 1")
+            raise InputError(f"the weights sum to {total:g}", where="Mixture", hint="Make them sum to 1")
         object.__setattr__(self, "parts", tuple((weight / total, part) for weight, part in flat))
 
     def distortion(self, q: npt.ArrayLike) -> Array:

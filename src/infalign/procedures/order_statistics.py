@@ -141,7 +141,7 @@ class OrderStatistic(InferenceProcedure):
         object.__setattr__(self, "n", whole_number(self.n, "n", "OrderStatistic"))
         object.__setattr__(self, "k", whole_number(self.k, "k", "OrderStatistic"))
         if self.k > self.n:
-            raise InputError(f"k = {self.k} is more than n = {self.n}", where="OrderStatistic", mend="Use 1 <= k <= n")
+            raise InputError(f"k = {self.k} is more than n = {self.n}", where="OrderStatistic", hint="Use 1 <= k <= n")
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = I_q(k, n-k+1), the regularised incomplete beta function."""
@@ -187,7 +187,7 @@ def _selection_weights(k: int, n: int, m: int, label: str) -> Array:
         raise InputError(
             f"{counted(m, 'sample is', 'samples are')} fewer than the {n} that {label} draws",
             where="selection_weights",
-            mend=f"Give at least {n} samples per prompt, or a smaller n",
+            hint=f"Give at least {n} samples per prompt, or a smaller n",
         )
     first, last = k, m - n + k
     i = np.arange(first, last, dtype=np.float64)

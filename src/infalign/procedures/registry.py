@@ -43,13 +43,13 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
     """
     given = cast(object, description)  # from a file, it may be anything
     if not isinstance(given, Mapping):
-        raise InputError(f"{description!r} does not describe a procedure", where="procedure", mend="Give a mapping")
+        raise InputError(f"{description!r} does not describe a procedure", where="procedure", hint="Give a mapping")
     fields = dict(description)
     kind = fields.pop("kind", None)
     make = _BY_KIND.get(kind) if isinstance(kind, str) else None
     if make is None:
         raise InputError(
-            f"unknown procedure kind {kind!r}", where="procedure", mend=f"Use one of {', '.join(_BY_KIND)}"
+            f"unknown procedure kind {kind!r}", where="procedure", hint=f"Use one of {', '.join(_BY_KIND)}"
         )
     try:
         return make(**fields)
@@ -59,7 +59,7 @@ def procedure_from_dict(description: Mapping[str, Any]) -> InferenceProcedure:
         raise InputError(
             f"the description of a {kind} procedure does not fit: {error}",
             where="procedure",
-            mend="Give exactly the fields that its to_dict writes",
+            hint="Give exactly the fields that its to_dict writes",
         ) from error
 
 

@@ -24,7 +24,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read the recipe ({error})", where=str(path), mend="Check the path") from error
+        raise StorageError(f"cannot read the recipe ({error})", where=str(path), hint="Check the path") from error
     return parse_recipe(text, where=str(path), folder=path.resolve().parent, overrides=overrides)
 
 
@@ -54,7 +54,7 @@ def parse_recipe(text: str, *, where: str, folder: Path, overrides: Sequence[str
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"not valid YAML ({' '.join(str(error).split())})", where=where) from error
     if not isinstance(content, dict):
-        raise InputError("a recipe is a mapping of settings", where=where, mend="See recipes/ for examples")
+        raise InputError("a recipe is a mapping of settings", where=where, hint="See recipes/ for examples")
     for override in overrides:
         _apply_override(content, override)
     try:
@@ -85,7 +85,7 @@ def _entry(section: list[Any], number: str, key: str) -> int:
     """An entry of a list by its number, from 0."""
     if not number.isdigit() or int(number) >= len(section):
         raise InputError(
-            f"{number} in {key} is not an entry of a list", where="--set", mend=f"Write 0 to {len(section) - 1}"
+            f"{number} in {key} is not an entry of a list", where="--set", hint=f"Write 0 to {len(section) - 1}"
         )
     return int(number)
 

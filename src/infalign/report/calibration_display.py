@@ -76,11 +76,11 @@ class CalibrationDisplay:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise InputError("matplotlib is not installed", where="CalibrationDisplay",
-                             mend="pip install 'infalign[report]'") from error  # fmt: skip
+                             hint="pip install 'infalign[report]'") from error  # fmt: skip
         new = axes is None
         panels: Any = Figure(figsize=(9.0, 3.6), layout="constrained", dpi=160).subplots(1, 2) if new else axes
         if len(panels) != 2:
-            raise InputError(f"there are {len(panels)} axes", where="CalibrationDisplay.plot", mend="Give two")
+            raise InputError(f"there are {len(panels)} axes", where="CalibrationDisplay.plot", hint="Give two")
         self._plot_shares(panels[0])
         self._plot_prompts(panels[1])
         self.axes_, self.figure_ = (panels[0], panels[1]), panels[0].figure

@@ -65,7 +65,7 @@ def check_ending(path: Path) -> None:
     """
     if path.suffix not in (*PICTURES, ".html"):
         raise InputError(
-            f"{path.name} has no ending that says what to draw", where="--plot", mend="Use .png, .svg, .pdf or .html"
+            f"{path.name} has no ending that says what to draw", where="--plot", hint="Use .png, .svg, .pdf or .html"
         )
 
 

@@ -192,14 +192,14 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
         StorageError: If the file cannot be written.
     """
     if not panels:
-        raise InputError("there is nothing to draw", where="save_frontier_png", mend="Give at least one frontier")
+        raise InputError("there is nothing to draw", where="save_frontier_png", hint="Give at least one frontier")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
         raise InputError(
-            "matplotlib is not installed", mend="Install it with: pip install 'infalign[report]'"
+            "matplotlib is not installed", hint="Install it with: pip install 'infalign[report]'"
         ) from error
 
     look = styles(list(by_series(panels[0].points)))
@@ -241,7 +241,7 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
         figure.savefig(path)
     except OSError as error:
         raise StorageError(
-            f"cannot write the figure ({error.strerror or error})", where=str(path), mend="Check folder and free space"
+            f"cannot write the figure ({error.strerror or error})", where=str(path), hint="Check folder and free space"
         ) from error
     return path
 

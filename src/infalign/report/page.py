@@ -119,7 +119,7 @@ class ReportData:
         try:
             return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
         except (KeyError, TypeError) as error:
-            raise InputError(f"not the data of a report ({error})", mend="Run the evaluation again") from error
+            raise InputError(f"not the data of a report ({error})", hint="Run the evaluation again") from error
 
     def columns(self) -> list[str]:
         """Labels of the procedures in the headline table."""
@@ -163,7 +163,7 @@ def write_page(path: Path, text: str) -> Path:
         partial.replace(path)
     except OSError as error:
         raise StorageError(
-            f"cannot write the report ({error.strerror or error})", where=str(path), mend="Check folder and free space"
+            f"cannot write the report ({error.strerror or error})", where=str(path), hint="Check folder and free space"
         ) from error
     return path
 
@@ -184,7 +184,7 @@ def render_page(template: str, script: str, **content: Any) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise InputError(
-            f"{error.name} is not installed", mend="Install it with: pip install 'infalign[report]'"
+            f"{error.name} is not installed", hint="Install it with: pip install 'infalign[report]'"
         ) from error
     loader = jinja2.PackageLoader("infalign.report", "templates")
     environment = jinja2.Environment(
@@ -206,7 +206,7 @@ def render_page(template: str, script: str, **content: Any) -> str:
 def render(data: ReportData) -> str:
     """The page as text; see `write_report`."""
     if not data.results:
-        raise InputError("there is no result to report", mend="Evaluate at least one method")
+        raise InputError("there is no result to report", hint="Evaluate at least one method")
 
     results = list(data.results)
     comparisons = compare(results, baseline=data.baseline) if data.baseline is not None and len(results) > 1 else []

@@ -133,7 +133,7 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
 def check_ending(path: str | Path) -> None:
     """Refuse a file name that cannot be drawn into."""
     if Path(path).suffix.lower() not in (".png", ".svg", ".html"):
-        raise InputError(f"cannot draw into {str(path)!r}", where="--plot", mend="Use a name in .png, .svg or .html")
+        raise InputError(f"cannot draw into {str(path)!r}", where="--plot", hint="Use a name in .png, .svg or .html")
 
 
 def draw(panels: Sequence[Panel], path: str | Path) -> None:
@@ -156,7 +156,7 @@ def draw(panels: Sequence[Panel], path: str | Path) -> None:
             _draw_image(panels, target)
     except ImportError as error:
         raise InputError(
-            f"drawing needs {error.name}, which is not installed", where="--plot", mend="Install infalign[report]"
+            f"drawing needs {error.name}, which is not installed", where="--plot", hint="Install infalign[report]"
         ) from error
     except OSError as error:
         raise StorageError(f"cannot write the figure ({error.strerror})", where=str(path)) from error

@@ -159,7 +159,7 @@ def require_key(
                  for name, value in asked.items() if value is not None and value != there[name]]  # fmt: skip
     if different:
         raise MismatchError("these rollouts would not belong here: " + "; ".join(different), where=str(store.path),
-                            mend="Open a store with the matching key")  # fmt: skip
+                            hint="Open a store with the matching key")  # fmt: skip
 
 
 def require_fit(model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -176,5 +176,5 @@ def require_fit(model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence
             f"the first is prompt {p} ({prompts[p].id}) with {counted(len(tokens[p]), 'token')}: "
             f"{excerpt(prompts[p].prompt)}",
             where="prompts",
-            mend="Leave them out, shorten them, or lower max_new_tokens",
+            hint="Leave them out, shorten them, or lower max_new_tokens",
         )

@@ -58,7 +58,7 @@ def decoder_function(name: str) -> Callable[..., Any]:
         raise InputError(
             f"it cannot be called as a decoder is ({error})",
             where=f"decoder {name}",
-            mend="Write def decode(*, model, tokenizer, prompts, max_new_tokens, seed), and let it return one text for "
+            hint="Write def decode(*, model, tokenizer, prompts, max_new_tokens, seed), and let it return one text for "
             "each prompt",
         ) from error
     return function
@@ -157,7 +157,7 @@ def _decoded(
         if bad.size:
             raise RewardError(f"{counted(bad.size, 'response')} could not be scored "
                               f"({scores.errors[bad[0]]})", where=str(source),
-                              mend="The proxy of a procedure must score every response")  # fmt: skip
+                              hint="The proxy of a procedure must score every response")  # fmt: skip
         # Samples are exchangeable, so the first of equally good ones is as good as any.
         chosen = np.argmax(scores.rewards.reshape(-1, n), axis=1) + n * np.arange(len(prompts))
     return [texts[at] for at in chosen], [drawn[at].ended for at in chosen]
@@ -176,7 +176,7 @@ def _by_function(
     if not isinstance(texts, list) or len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
         wanted = f"one text for each of {counted(len(prompts), 'prompt')}"
         raise InputError(f"it returned {type(texts).__name__}, not {wanted}",
-                         where=f"decoder {function}", mend="Return a list of strings")  # fmt: skip
+                         where=f"decoder {function}", hint="Return a list of strings")  # fmt: skip
     return texts, [True] * len(texts)
 
 

@@ -80,7 +80,7 @@ def sample_on_cluster(
     ray = _import_ray()
     if num_samples < 1 or num_workers < 1 or batch_size < 1:
         raise InputError(f"num_samples is {num_samples}, num_workers {num_workers}, batch_size {batch_size}",
-                         where="sample_on_cluster", mend="All must be at least 1")  # fmt: skip
+                         where="sample_on_cluster", hint="All must be at least 1")  # fmt: skip
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     key = RolloutKey.of(model, tokenizer, max_new_tokens=max_new_tokens, seed=seed)
     rollouts = RolloutStore.open(store, key)
@@ -119,7 +119,7 @@ def sample_on_cluster(
         except ray.exceptions.RayError as error:
             reason = str(error).strip().rsplit("\n", maxsplit=1)[-1]
             raise ClusterError(f"the cluster stopped after {counted(drawn, 'rollout')} ({reason})", where=str(store),
-                               mend="Mend that and start again: only what is missing is drawn") from error  # fmt: skip
+                               hint="Mend that and start again: only what is missing is drawn") from error  # fmt: skip
     return drawn
 
 
@@ -145,5 +145,5 @@ def _import_ray() -> Any:
         import_module("ray.data")
     except ImportError as error:
         raise InputError("Ray is not installed", where="sample_on_cluster",
-                         mend="pip install 'infalign[ray]'") from error  # fmt: skip
+                         hint="pip install 'infalign[ray]'") from error  # fmt: skip
     return ray

@@ -95,7 +95,7 @@ def decode(
         raise InputError(
             "the model's logits are not numbers",
             where="policy",
-            mend="Check its weights and data type; after a training, lower the learning rate",
+            hint="Check its weights and data type; after a training, lower the learning rate",
         )
     prompt_of = torch.as_tensor(prompt_of_B, device=device)
     shared = None

@@ -64,10 +64,10 @@ def sample_endpoint(
     """
     if store.key.sampler != SAMPLER:
         raise MismatchError(f"the store's rollouts come from {store.key.sampler!r}", where=str(store.path),
-                            mend=f"Open a store whose key has sampler={SAMPLER!r}")  # fmt: skip
+                            hint=f"Open a store whose key has sampler={SAMPLER!r}")  # fmt: skip
     if num_samples < 1 or concurrency < 1:
         raise InputError(f"num_samples is {num_samples} and concurrency {concurrency}", where="sample_endpoint",
-                         mend="Both must be at least 1")  # fmt: skip
+                         hint="Both must be at least 1")  # fmt: skip
     report = progress or no_progress
     server = PlainSampling(endpoint, request_fields)
     with store.writing():
@@ -117,7 +117,7 @@ def sample_endpoint(
     if failures:
         raise EndpointError(f"{len(failures)} of {counted(len(unique), 'prompt')} could not be finished; the "
                             f"first: {failures[0]}",
-                            mend="Start again to draw what is missing")  # fmt: skip
+                            hint="Start again to draw what is missing")  # fmt: skip
     return drawn
 
 

@@ -48,7 +48,7 @@ def compute_logprobs(
         StorageError: The store cannot be written.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end token", where="compute_logprobs", mend="Set tokenizer.eos_token")
+        raise InputError("the tokenizer has no end token", where="compute_logprobs", hint="Set tokenizer.eos_token")
     report = progress or no_progress
     prompt_ids_of = dict(zip([p.id for p in prompts], prompt_token_ids(tokenizer, prompts), strict=True))
     table = store.table(["prompt_id", "index", "text", "finish_reason", "logprob"])
@@ -68,7 +68,7 @@ def compute_logprobs(
                     f"rollout {row['index']} of prompt {row['prompt_id']} has {counted(length, 'token')} with "
                     f"its prompt, the model's context is {context}",
                     where="compute_logprobs",
-                    mend="Use the model and tokenizer that drew the rollouts",
+                    hint="Use the model and tokenizer that drew the rollouts",
                 )
         given = [prompt_ids_of[row["prompt_id"]] for row in rows]
         logprobs = sequence_logprobs(model, tokenizer, given, token_ids, batch_size)

@@ -56,7 +56,7 @@ class Endpoint:
             raise InputError(
                 "the address holds a password",
                 where=f"endpoint {parts.hostname}",
-                mend="Put the key into an environment variable and name it as api_key_variable",
+                hint="Put the key into an environment variable and name it as api_key_variable",
             )
 
     def post(self, path: str, content: dict[str, Any]) -> Any:
@@ -77,7 +77,7 @@ class Endpoint:
                 if error.code not in _TRY_AGAIN:
                     refused = RequestRefusedError if error.code in _WRONG_REQUEST else EndpointError
                     raise refused(f"the server refused the request ({failure})", where=address,
-                                  mend="Check the address, the model's name and the key") from None  # fmt: skip
+                                  hint="Check the address, the model's name and the key") from None  # fmt: skip
                 wait = _asked_wait(error)
             except (OSError, http.client.HTTPException) as error:  # timeouts and broken connections among them
                 failure = f"{type(error).__name__}: {error}"
@@ -88,7 +88,7 @@ class Endpoint:
                 time.sleep(min(_LONGEST_WAIT, doubled if wait is None else wait))
         raise EndpointError(f"no usable answer in {counted(self.retries + 1, 'try', 'tries')} "
                             f"({failure})", where=address,
-                            mend="Start again when the server is back: what is done is kept")  # fmt: skip
+                            hint="Start again when the server is back: what is done is kept")  # fmt: skip
 
     def _once(self, address: str, content: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -40,10 +40,10 @@ class RolloutKey:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}", where="RolloutKey", mend="Give at least 1")
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}", where="RolloutKey", hint="Give at least 1")
         if not (self.temperature > 0.0 and 0.0 < self.top_p <= 1.0):
             raise InputError(f"temperature is {self.temperature} and top_p {self.top_p}", where="RolloutKey",
-                             mend="The temperature must be positive and top_p in (0, 1]")  # fmt: skip
+                             hint="The temperature must be positive and top_p in (0, 1]")  # fmt: skip
 
     @classmethod
     def of(
@@ -88,7 +88,7 @@ class RolloutKey:
         ]
         if different:
             raise MismatchError("these rollouts were made otherwise: " + "; ".join(different), where=where,
-                                mend="Use another folder, or go back to what made them")  # fmt: skip
+                                hint="Use another folder, or go back to what made them")  # fmt: skip
 
 
 def model_fingerprint(model: str | Path) -> str:
@@ -112,7 +112,7 @@ def model_fingerprint(model: str | Path) -> str:
         raise InputError(
             f"the model's config.json cannot be read ({_first_line(error)})",
             where=str(model),
-            mend="Give a model folder or a hub name",
+            hint="Give a model folder or a hub name",
         ) from error
     return f"hub:{model}@{commit or 'unknown'}"
 
@@ -121,7 +121,7 @@ def _hash_folder(folder: Path) -> str:
     weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     if not weights:
         raise InputError("there are no model weights in this folder", where=str(folder),
-                         mend="A model folder holds model.safetensors or adapter_model.safetensors")  # fmt: skip
+                         hint="A model folder holds model.safetensors or adapter_model.safetensors")  # fmt: skip
     digest = hashlib.sha256()
     for path in weights:
         with path.open("rb") as file:

@@ -97,7 +97,7 @@ def sequence_log_ratios(
                 raise InputError(
                     f"the policy has {log_policy_BTV.shape[-1]} tokens, the reference {log_ref_BTV.shape[-1]}",
                     where="log_ratios",
-                    mend="Compare a policy with the reference that it was trained from",
+                    hint="Compare a policy with the reference that it was trained from",
                 )
             difference_BTV = log_policy_BTV - log_ref_BTV
             kl_BT = (log_policy_BTV.exp() * difference_BTV).sum(-1).masked_fill(~batch.counts_BT, 0.0)
@@ -126,7 +126,7 @@ def log_ratios(
     counts = {len(responses) for responses in token_ids_PG}
     if len(token_ids_PG) != len(prompts) or len(counts) != 1:
         raise InputError(f"{len(prompts)} prompts, but responses for {len(token_ids_PG)} with {sorted(counts)} each",
-                         where="log_ratios", mend="Give the same number of responses for every prompt")  # fmt: skip
+                         where="log_ratios", hint="Give the same number of responses for every prompt")  # fmt: skip
     (per_prompt,) = counts
     prompt_ids_list = [ids for ids in prompt_token_ids(tokenizer, prompts) for _ in range(per_prompt)]
     completion_ids_list = [ids for responses in token_ids_PG for ids in responses]
@@ -173,7 +173,7 @@ def _batches(
         raise InputError(f"{len(prompt_ids_list)} prompts for {len(completion_ids_list)} responses", where="logprobs")
     empty = [row for row, ids in enumerate(prompt_ids_list) if len(ids) == 0]
     if empty:
-        raise InputError(f"prompt {empty[0]} has no tokens", where="logprobs", mend="Nothing precedes its first token")
+        raise InputError(f"prompt {empty[0]} has no tokens", where="logprobs", hint="Nothing precedes its first token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     lengths = np.array([len(p) + len(c) for p, c in zip(prompt_ids_list, completion_ids_list, strict=True)])
     order = np.argsort(-lengths, kind="stable")  # like lengths together; the longest first, so that memory fails early

@@ -51,7 +51,7 @@ def load_policy(
         raise InputError(
             f"no causal language model can be loaded ({reason})",
             where=str(model),
-            mend="Give a folder with config.json and model.safetensors, or a hub name",
+            hint="Give a folder with config.json and model.safetensors, or a hub name",
         ) from error
     require_all_weights(loading, str(model))
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,13 +75,13 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
         raise InputError(
             f"no tokenizer can be loaded ({_first_line(error)})",
             where=str(model),
-            mend="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
+            hint="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, so a response could never end",
             where=str(model),
-            mend="Set eos_token in tokenizer_config.json",
+            hint="Set eos_token in tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -99,7 +99,7 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
         raise InputError(
             f"{counted(len(missing), 'weight is', 'weights are')} not in the file, the first is {missing[0]}",
             where=where,
-            mend="Give a model of this kind: a policy has a language-model head, a reward model a score head",
+            hint="Give a model of this kind: a policy has a language-model head, a reward model a score head",
         )
 
 

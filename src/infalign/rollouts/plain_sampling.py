@@ -56,6 +56,6 @@ class PlainSampling:
         raise RequestRefusedError(
             "; otherwise asked: ".join(error.what for error in refusals),
             where=self.endpoint.url,
-            mend="If the request is in order and the server takes no field that switches off top-k and penalties, "
+            hint="If the request is in order and the server takes no field that switches off top-k and penalties, "
             "pass request_fields: what it needs, or {} if it samples the policy itself without being told",
         ) from refusals[-1]

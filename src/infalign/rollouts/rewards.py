@@ -113,7 +113,7 @@ class FunctionReward(RewardSource):
             self._signature = inspect.signature(self._function)
         except (TypeError, ValueError) as error:
             raise InputError("it does not tell its parameters", where=f"reward function {name}",
-                             mend="Write a Python function around it") from error  # fmt: skip
+                             hint="Write a Python function around it") from error  # fmt: skip
         parameters = self._signature.parameters
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._takes = set(parameters)
@@ -134,7 +134,7 @@ class FunctionReward(RewardSource):
             known = ", ".join(names)
             raise InputError(f"it cannot be called with prompts, completions and the prompts' columns ({error})",
                              where=f"reward function {self.description['function']}",
-                             mend=f"Columns that all prompts have: {known}") from error  # fmt: skip
+                             hint=f"Columns that all prompts have: {known}") from error  # fmt: skip
 
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
@@ -178,7 +178,7 @@ class FunctionReward(RewardSource):
         try:
             result = self._function(prompts=list(prompts), completions=list(completions), **columns)
         except SystemExit as error:
-            raise RewardError("it ended the program", where=str(self), mend="Raise an error instead") from error
+            raise RewardError("it ended the program", where=str(self), hint="Raise an error instead") from error
         return _wait_for(result) if inspect.isawaitable(result) else result
 
 
@@ -190,11 +190,11 @@ def check_scores(
         listed = values.tolist() if hasattr(values, "tolist") else list(values)
     except TypeError as error:
         raise RewardError(f"it returned a {type(values).__name__}, not a list", where=where,
-                          mend="Return one number per completion") from error  # fmt: skip
+                          hint="Return one number per completion") from error  # fmt: skip
     if len(listed) != count:
         raise RewardError(f"it returned {counted(len(listed), 'reward')} for "
                           f"{counted(count, 'completion')}", where=where,
-                          mend="Return one number per completion")  # fmt: skip
+                          hint="Return one number per completion")  # fmt: skip
     rewards = np.empty(count)
     errors: list[str | None] = [None] * count
     for row, value in enumerate(listed):
@@ -203,9 +203,9 @@ def check_scores(
         if value is None:
             rewards[row], errors[row] = np.nan, "it returned no reward"
         elif not isinstance(value, numbers.Real):
-            raise RewardError(f"{at}: the reward is {value!r}, not a number", where=where, mend=NUMBER_OR_NONE)
+            raise RewardError(f"{at}: the reward is {value!r}, not a number", where=where, hint=NUMBER_OR_NONE)
         elif not np.isfinite(float(value)):
-            raise RewardError(f"{at}: the reward is {float(value)}", where=where, mend=NUMBER_OR_NONE)
+            raise RewardError(f"{at}: the reward is {float(value)}", where=where, hint=NUMBER_OR_NONE)
         else:
             rewards[row] = float(value)
     return Scores(rewards, errors)
@@ -270,9 +270,9 @@ def import_function(name: str, kind: str = "reward function") -> Callable[..., A
         InputError: There is none.
     """
     module_name, _, function_name = name.partition(":")
-    mend = "Write it as module:function, with the module importable from the current folder"
+    hint = "Write it as module:function, with the module importable from the current folder"
     if not module_name or not function_name:
-        raise InputError(f"{name!r} does not name a function", where=kind, mend=mend)
+        raise InputError(f"{name!r} does not name a function", where=kind, hint=hint)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -281,9 +281,9 @@ def import_function(name: str, kind: str = "reward function") -> Callable[..., A
             found = getattr(found, part)
     except Exception as error:  # whatever the user's module does when it is imported
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
-        raise InputError(f"the function cannot be imported ({reason})", where=f"{kind} {name}", mend=mend) from error
+        raise InputError(f"the function cannot be imported ({reason})", where=f"{kind} {name}", hint=hint) from error
     if not callable(found):
-        raise InputError("this is not a function", where=f"{kind} {name}", mend=mend)
+        raise InputError("this is not a function", where=f"{kind} {name}", hint=hint)
     return found
 
 
@@ -382,7 +382,7 @@ class SequenceClassificationReward(RewardSource):
         if len(bad):
             raise RewardError(f"the model gave {rewards[bad[0]]} for {counted(len(bad), 'response')}, the first "
                               f"is row {bad[0]}",
-                              where=str(self), mend="Check the reward model; half precision may overflow")  # fmt: skip
+                              where=str(self), hint="Check the reward model; half precision may overflow")  # fmt: skip
         return Scores(rewards, [None] * len(rewards))
 
     def _token_ids(
@@ -428,11 +428,11 @@ class SequenceClassificationReward(RewardSource):
                 raise InputError(
                     f"no sequence-classification model can be loaded ({reason})",
                     where=self.path,
-                    mend="Give a folder with config.json, model.safetensors and a tokenizer",
+                    hint="Give a folder with config.json, model.safetensors and a tokenizer",
                 ) from error
             if model.config.num_labels != 1:
                 raise InputError(f"the model has {counted(model.config.num_labels, 'output')}", where=self.path,
-                                 mend="A reward model has one")  # fmt: skip
+                                 hint="A reward model has one")  # fmt: skip
             require_all_weights(loading, self.path)
             if model.config.get_text_config().pad_token_id is None:
                 model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0

@@ -64,7 +64,7 @@ def sample(
     require_key(store, tokenizer, max_new_tokens, seed)
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"num_samples is {num_samples} and batch_size {batch_size}", where="sample",
-                         mend="Both must be at least 1")  # fmt: skip
+                         hint="Both must be at least 1")  # fmt: skip
     tokens = prompt_token_ids(tokenizer, prompts)
     require_fit(model, prompts, tokens, key.max_new_tokens)
     ends = end_tokens(model, tokenizer)

@@ -63,7 +63,7 @@ def score_store(
     ids, indices = rollouts["prompt_id"].to_pylist(), rollouts["index"].to_numpy()
     mine = [row for row, prompt_id in enumerate(ids) if prompt_id in prompt_of]
     if not mine:
-        raise InputError("there are no rollouts of these prompts", where=str(store.path), mend="Draw them first")
+        raise InputError("there are no rollouts of these prompts", where=str(store.path), hint="Draw them first")
     scored_now, started = 0, time.monotonic()
     with store.writing_rewards(source.key, source.description):
         before = store.rewards(source.key)
@@ -96,7 +96,7 @@ def score_store(
                     f"({scores.errors[first] or 'no reason given'}; "
                     f"first here: rollout {indices[rows[first]]} of prompt {owners[first].id})",
                     where=str(source),
-                    mend="Mend the reward, or leave out the prompts it cannot judge; what is scored is kept",
+                    hint="Mend the reward, or leave out the prompts it cannot judge; what is scored is kept",
                 )
             speed = f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s"
             report(done, len(mine), f"{speed}, {unscored} unscored" if unscored else speed)

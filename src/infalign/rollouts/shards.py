@@ -55,7 +55,7 @@ class ShardLog:
                 tables.append(_read_shard(shard, schema))
             except (OSError, pa.ArrowException) as error:
                 raise StorageError(f"the shard cannot be read ({error})", where=str(shard),
-                                   mend="Delete this one file: what it held is drawn again") from error  # fmt: skip
+                                   hint="Delete this one file: what it held is drawn again") from error  # fmt: skip
         return pa.concat_tables(tables)
 
     @contextmanager
@@ -70,7 +70,7 @@ class ShardLog:
             self._lock.acquire()
         except Timeout as error:
             raise StorageError("somebody else is writing to this store", where=str(self.folder),
-                               mend="Wait until the other process has ended") from error  # fmt: skip
+                               hint="Wait until the other process has ended") from error  # fmt: skip
         except OSError as error:
             raise StorageError(f"the folder cannot be written ({error})", where=str(self.folder)) from error
         try:
@@ -121,7 +121,7 @@ def write_atomically(final: Path, write: Callable[[Path], object]) -> None:
         raise StorageError(
             f"the file cannot be written ({error})",
             where=str(final),
-            mend="Free some space or fix the permissions, and start again: nothing is lost",
+            hint="Free some space or fix the permissions, and start again: nothing is lost",
         ) from error
 
 

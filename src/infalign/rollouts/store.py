@@ -91,10 +91,10 @@ class RolloutStore:
         manifest = folder / _MANIFEST
         if not manifest.exists():
             if key is None:
-                raise StorageError("there is no rollout store here", where=str(folder), mend="Draw rollouts first")
+                raise StorageError("there is no rollout store here", where=str(folder), hint="Draw rollouts first")
             if (folder / "rollouts").exists() and any((folder / "rollouts").glob("*.parquet")):
                 raise StorageError("there are rollouts but no manifest that says what made them", where=str(folder),
-                                   mend="Use another folder")  # fmt: skip
+                                   hint="Use another folder")  # fmt: skip
             _make_folder(folder)
             _write_json(manifest, {"format": _FORMAT, "key": key.to_dict()})
             return cls(folder, key)
@@ -213,7 +213,7 @@ class RolloutStore:
         """
         if column not in ROLLOUT_SCHEMA.names:
             raise InputError(f"there is no column {column!r}", where="column_PK",
-                             mend=f"There are: {', '.join(ROLLOUT_SCHEMA.names)}")  # fmt: skip
+                             hint=f"There are: {', '.join(ROLLOUT_SCHEMA.names)}")  # fmt: skip
         columns = list(dict.fromkeys(["prompt_id", "index", column]))
         table, rows_PK = self._locate(self.table(columns), prompt_ids, k, "rollouts")
         values = table[column]
@@ -221,10 +221,10 @@ class RolloutStore:
             empty = np.flatnonzero(values.is_null().to_numpy()[rows_PK.ravel()])
             if empty.size:
                 at = f"rollout {empty[0] % k} of prompt {prompt_ids[empty[0] // k]}"
-                mend = "infalign.rollouts.fill.compute_logprobs computes what a server did not give"
+                hint = "infalign.rollouts.fill.compute_logprobs computes what a server did not give"
                 raise InputError(f"{counted(empty.size, 'rollout has', 'rollouts have')} no {column}, the first "
                                  f"is {at}", where=str(self.path),
-                                 mend=mend)  # fmt: skip
+                                 hint=hint)  # fmt: skip
         if pa.types.is_integer(values.type):
             return values.to_numpy().astype(np.int64)[rows_PK]
         if pa.types.is_floating(values.type):
@@ -270,7 +270,7 @@ class RolloutStore:
                     raise MismatchError(
                         "these rewards were made otherwise: " + "; ".join(different),
                         where=str(log.folder),
-                        mend="Give the changed source another key",
+                        hint="Give the changed source another key",
                     )
             yield
 
@@ -301,7 +301,7 @@ class RolloutStore:
             lengths = (
                 f"{len(prompt_ids)} prompt ids, {len(indices)} indices, {values.size} rewards, {len(reasons)} errors"
             )
-            raise InputError(lengths, where="append_rewards", mend="Give one of each per rollout")
+            raise InputError(lengths, where="append_rewards", hint="Give one of each per rollout")
         if np.isinf(values).any():
             raise InputError(
                 f"{counted(int(np.isinf(values).sum()), 'reward is', 'rewards are')} infinite", where="append_rewards"
@@ -351,7 +351,7 @@ class RolloutStore:
             raise InputError(
                 f"these rollouts were drawn at temperature {self.key.temperature} and top_p {self.key.top_p}",
                 where=str(self.path),
-                mend="Calibration needs draws of the policy itself; pass allow_modified_sampling to use them anyway",
+                hint="Calibration needs draws of the policy itself; pass allow_modified_sampling to use them anyway",
             )
         table, rows_PK = self._locate(self.rewards(source_key), prompt_ids, k, f"rewards of {source_key}")
         values_PK = table["reward"].to_numpy()[rows_PK]
@@ -363,7 +363,7 @@ class RolloutStore:
             raise InputError(
                 f"{len(unscored)} of {counted(values_PK.size, 'rollout')} could not be scored, the first is {at}",
                 where=str(self.path),
-                mend="Mend the reward and score again, or leave these prompts out",
+                hint="Mend the reward and score again, or leave these prompts out",
             )
         return values_PK
 
@@ -399,7 +399,7 @@ class RolloutStore:
                 f"{len(missing)} of {rows_PK.size} {what} are missing, the first is rollout {index} of prompt "
                 f"{prompt_ids[p]}",
                 where=str(self.path),
-                mend="Draw and score them first",
+                hint="Draw and score them first",
             )
         return table, rows_PK
 

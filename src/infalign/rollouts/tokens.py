@@ -32,7 +32,7 @@ def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int
     for i, ids in enumerate(out):
         if not ids:
             raise InputError(f"prompt {i} has no tokens: {excerpt(prompts[i].prompt)}", where="prompts",
-                             mend="Give a prompt, or a tokenizer that knows its words")  # fmt: skip
+                             hint="Give a prompt, or a tokenizer that knows its words")  # fmt: skip
     return out
 
 
@@ -41,7 +41,7 @@ def require_chat_template(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("the prompts are chat messages, but the tokenizer has no chat template",
                          where=str(getattr(tokenizer, "name_or_path", "tokenizer")),
-                         mend="Use a chat model, or give the prompts as text")  # fmt: skip
+                         hint="Use a chat model, or give the prompts as text")  # fmt: skip
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -57,7 +57,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
             found.update([end] if isinstance(end, int) else end)
     if not found:
         raise InputError("neither model nor tokenizer has an end-of-sequence token", where="tokenizer",
-                         mend="Set eos_token")  # fmt: skip
+                         hint="Set eos_token")  # fmt: skip
     return sorted(found)
 
 

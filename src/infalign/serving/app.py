@@ -147,7 +147,7 @@ class ProcedureServer:
         self._require_settings(asked)
         texts = [prompt.prompt] if isinstance(prompt.prompt, str) else [one["content"] for one in prompt.prompt]
         if not any(text.strip() for text in texts):
-            raise InputError("the prompt is empty", where="request", mend="Ask something")
+            raise InputError("the prompt is empty", where="request", hint="Ask something")
         count = self._served.count_prompt
         prompt_tokens = None if count is None else count(prompt)
         decoded = await while_connected(request, self._batcher.do(prompt, timeout=self._served.timeout))
@@ -196,7 +196,7 @@ class ProcedureServer:
                 raise InputError(
                     f"{name} is {wanted:g}, but candidates are drawn with {is_served:g}",
                     where="request",
-                    mend=f"Leave {name} out, or give {is_served:g}",
+                    hint=f"Leave {name} out, or give {is_served:g}",
                 )
         limit = self._served.max_new_tokens
         if asked.most_tokens is not None and asked.most_tokens < limit:
@@ -204,7 +204,7 @@ class ProcedureServer:
                 f"at most {counted(asked.most_tokens, 'token is', 'tokens are')} wanted, but candidates of up "
                 f"to {limit} are compared",
                 where="request",
-                mend=f"Leave the limit out, or give at least {limit}",
+                hint=f"Leave the limit out, or give at least {limit}",
             )
 
     def _model(self) -> ServedModel:

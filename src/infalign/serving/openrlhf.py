@@ -42,7 +42,7 @@ class PromptTexts:
             raise InputError(
                 f"this is not among the run's {counted(len(self._id_of), 'training prompt')}: {excerpt(text)}",
                 where="prompts",
-                mend="Train on the run's prompts, with the reference policy's own chat template and no other template",
+                hint="Train on the run's prompts, with the reference policy's own chat template and no other template",
             )
         return self._id_of[text]
 
@@ -61,7 +61,7 @@ class PromptTexts:
         raise InputError(
             f"the query does not begin with its prompt: {excerpt(query)}",
             where="query",
-            mend="Leave room for the whole prompt: raise the trainer's length limit, so that prompts are not cut",
+            hint="Leave room for the whole prompt: raise the trainer's length limit, so that prompts are not cut",
         )
 
     def _shown(self, prompt: Prompt) -> str:

@@ -41,8 +41,8 @@ class Fixed:
         if value is None or any(isinstance(value, bool) == isinstance(one, bool) and value == one
                                 for one in self._allowed):  # fmt: skip
             return value
-        mend = "leave it out" + "".join(f" or give {one!r}" for one in self._allowed[:1])
-        raise ValueError(f"{self._why}; {mend}")
+        hint = "leave it out" + "".join(f" or give {one!r}" for one in self._allowed[:1])
+        raise ValueError(f"{self._why}; {hint}")
 
 
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
@@ -258,7 +258,7 @@ class ServedModels(BaseModel):
 
 
 class ErrorInside(BaseModel):
-    """What was wrong, and the mend."""
+    """What was wrong, and a hint."""
 
     message: str
     type: str

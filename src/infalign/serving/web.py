@@ -29,7 +29,7 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as missing:
     raise InputError(
-        f"serving needs FastAPI and uvicorn ({missing})", where="infalign.serving", mend="pip install 'infalign[serve]'"
+        f"serving needs FastAPI and uvicorn ({missing})", where="infalign.serving", hint="pip install 'infalign[serve]'"
     ) from missing
 
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ def error_response(status: int, message: str, *, kind: str, retry_after: int | N
 
     Args:
         status: HTTP status.
-        message: What was wrong, and the mend.
+        message: What was wrong, and a hint.
         kind: A word for programs.
         retry_after: Seconds, for the header of that name.
     """
@@ -87,8 +87,8 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
     @app.exception_handler(InfalignError)
     async def _ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, InfalignError), "registered for it"
-        # What and mend only: where it happened may name the operator's files and machines.
-        message = error.what if error.mend is None else f"{error.what}. {error.mend}"
+        # What and hint only: where it happened may name the operator's files and machines.
+        message = error.what if error.hint is None else f"{error.what}. {error.hint}"
         if isinstance(error, InputError | RequestRefusedError):
             return error_response(400, message, kind="invalid_request_error")
         log.error("%s", visible(str(error)))  # a server behind this one may have put anything into it
@@ -210,7 +210,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(
             f"this address cannot be served on ({error})",
             where=f"{host}:{port}",
-            mend="Choose another --host or --port",
+            hint="Choose another --host or --port",
         ) from error
 
 

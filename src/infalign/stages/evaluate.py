@@ -55,7 +55,7 @@ def score_gold(run: Run, gold: GoldReward, progress: Progress) -> None:
         raise InputError(
             "this is a reward that is trained on, so it tells nothing new",
             where=f"evaluation.gold {gold.label}",
-            mend="Remove it, or give another",
+            hint="Remove it, or give another",
         )
     for name in ("reference", *(planned.name for planned in run.planned())):
         score_store(run.store(f"evaluation-{name}"), source, prompts, progress=progress, retry_unscored=True)

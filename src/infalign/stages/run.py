@@ -59,7 +59,7 @@ class Run:
             )
         if not is_online(planned.baseline):
             raise InputError(f"{planned.name} is a loss on stored rollouts, not a reward", where="compare_with",
-                             mend="Choose a transform, or the baseline raw, standardised or log-sigmoid")  # fmt: skip
+                             hint="Choose a transform, or the baseline raw, standardised or log-sigmoid")  # fmt: skip
         return baseline_reward(
             planned.baseline, source, calibrator, ids, planned.beta, procedure=self.recipe.target_procedure
         )
@@ -108,14 +108,14 @@ def open_run(run_folder: str | Path) -> Run:
         raise StorageError(
             "this is no run folder" if folder.is_dir() else "there is no such folder",
             where=str(folder),
-            mend="Give the folder that `infalign run` wrote, runs/NAME by default",
+            hint="Give the folder that `infalign run` wrote, runs/NAME by default",
         )
     missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
     if missing:
         raise StorageError(
             f"this folder holds no calibrated run (there is no {missing[0]})",
             where=str(folder),
-            mend="Do `infalign calibrate` with its recipe first; what is done already is kept",
+            hint="Do `infalign calibrate` with its recipe first; what is done already is kept",
         )
     return Run(read_recipe(folder), folder, say=lambda text: None)
 
@@ -134,13 +134,13 @@ def read_recipe(run_folder: Path) -> Recipe:
         raise StorageError(
             f"the run's recipe cannot be read ({error})",
             where=str(path),
-            mend="Do `infalign calibrate` with its recipe; what is done already is kept",
+            hint="Do `infalign calibrate` with its recipe; what is done already is kept",
         ) from error
     try:
         return Recipe.model_validate(content)
     except ValueError as error:
         raise InputError(
-            f"the run's recipe is of another version ({error})", where=str(path), mend="Make the run again"
+            f"the run's recipe is of another version ({error})", where=str(path), hint="Make the run again"
         ) from error
 
 
@@ -155,7 +155,7 @@ def read_prompts(run_folder: Path, side: str) -> PromptSet:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise StorageError(
-            f"the run's prompts cannot be read ({error.strerror})", where=str(path), mend="Is this a run folder?"
+            f"the run's prompts cannot be read ({error.strerror})", where=str(path), hint="Is this a run folder?"
         ) from error
     rows = [json.loads(line) for line in lines if line]
     return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))

@@ -84,7 +84,7 @@ def docstring_examples(root: str | os.PathLike[str] | None = None) -> list[Examp
         raise InputError(
             "no documented public function found",
             where=str(folder),
-            mend="The testbed needs the sources of the standard library (.py files), which this Python seems to lack",
+            hint="The testbed needs the sources of the standard library (.py files), which this Python seems to lack",
         )
     return examples
 
@@ -116,7 +116,7 @@ def preference_pairs(examples: Sequence[Example], seed: int, *, per_example: int
     for held_out, part in parts.items():
         if len(part) == 1:
             name = "held-out" if held_out else "training"
-            raise InputError(f"the {name} part has a single example", where="preference_pairs", mend="Give two or more")
+            raise InputError(f"the {name} part has a single example", where="preference_pairs", hint="Give two or more")
 
     rng = random.Random(seed)
     dealt = {held_out: rng.randrange(len(KINDS)) for held_out in parts}

@@ -179,7 +179,7 @@ def train_reference(
     train = [example for example in examples if not example.held_out]
     held_out = [example for example in examples if example.held_out]
     if not train:
-        raise InputError("no example to train on", where="train_reference", mend="Give some that are not held out")
+        raise InputError("no example to train on", where="train_reference", hint="Give some that are not held out")
     with quiet(), _complete_folder(Path(out_dir)) as folder:
         tokenizer = train_tokenizer(
             (e.prompt + e.completion for e in train), spec.vocab_size, max_length=spec.max_length
@@ -249,9 +249,9 @@ def train_reward_model(
     train = [pair for pair in pairs if not pair.held_out]
     held_out = [pair for pair in pairs if pair.held_out]
     if not train:
-        raise InputError("no pair to train on", where="train_reward_model", mend="Give some that are not held out")
+        raise InputError("no pair to train on", where="train_reward_model", hint="Give some that are not held out")
     if not (Path(reference_dir) / "config.json").is_file():
-        raise StorageError("not a model folder", where=str(reference_dir), mend="Train the reference first")
+        raise StorageError("not a model folder", where=str(reference_dir), hint="Train the reference first")
     with quiet(), _complete_folder(Path(out_dir)) as folder:
         tokenizer = AutoTokenizer.from_pretrained(reference_dir)
         tokenizer.model_max_length = spec.max_length
@@ -391,7 +391,7 @@ def _train(trainer: SFTTrainer | RewardTrainer) -> None:
     trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss
     if not math.isfinite(loss):
-        raise TrainingError(f"the training loss is {loss}", where="spec.learning_rate", mend="Lower it")
+        raise TrainingError(f"the training loss is {loss}", where="spec.learning_rate", hint="Lower it")
 
 
 @torch.no_grad()
@@ -457,7 +457,7 @@ def _complete_folder(out_dir: Path) -> Iterator[Path]:
     """A temporary sibling that takes the name `out_dir` only if the block succeeds."""
     ours = not out_dir.exists() or (out_dir / METRICS_FILE).is_file() or not any(out_dir.iterdir())
     if not ours:
-        raise StorageError("the folder holds something else", where=str(out_dir), mend="Give a new or an empty folder")
+        raise StorageError("the folder holds something else", where=str(out_dir), hint="Give a new or an empty folder")
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -54,7 +54,7 @@ def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, who
     kl = positive_number(kl, "kl_budget", "Give nats above 0")
     if kl < SMALLEST_KL:
         raise InputError(
-            f"a KL of {kl:g} nats is lost in rounding", where="kl_budget", mend=f"Give {SMALLEST_KL:g} nats or more"
+            f"a KL of {kl:g} nats is lost in rounding", where="kl_budget", hint=f"Give {SMALLEST_KL:g} nats or more"
         )
     known: dict[float, float] = {}
 
@@ -86,7 +86,7 @@ def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, who
         raise InputError(
             f"a KL of {kl:g} nats is out of reach for {whose}",
             where="kl_budget",
-            mend=f"The reachable KL is {reach} nats (beta from {smallest:g} to {_LARGEST_BETA:g})",
+            hint=f"The reachable KL is {reach} nats (beta from {smallest:g} to {_LARGEST_BETA:g})",
         )
     if low == high:
         return math.exp(low)
@@ -95,9 +95,9 @@ def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, who
         root = float(scipy_optimize.brentq(gap, low, high, xtol=1e-11, rtol=1e-12))
         error = abs(gap(root))
     except InputError as failure:
-        raise InputError(missed, where="kl_budget", mend="Use a smaller KL") from failure
+        raise InputError(missed, where="kl_budget", hint="Use a smaller KL") from failure
     if error > 1e-6:
-        raise InputError(missed, where="kl_budget", mend="Use a smaller KL")
+        raise InputError(missed, where="kl_budget", hint="Use a smaller KL")
     return math.exp(root)
 
 
@@ -134,7 +134,7 @@ class TopOfGroup(TiltedPolicy):
 
     def __init__(self, n: int, beta: float) -> None:
         if n < 2:
-            raise InputError("the best of a group of one has a constant reward", where="TopOfGroup", mend="Use n >= 2")
+            raise InputError("the best of a group of one has a constant reward", where="TopOfGroup", hint="Use n >= 2")
         self.n, self.beta = n, positive_beta(beta)
         mesh, self._total = adapt(lambda mesh: np.exp(-self._reward(mesh.u)), mesh_with_knots())
         self._ranks = Antiderivative(mesh, np.exp(-self._reward(mesh.u)))

@@ -185,10 +185,10 @@ def finite_k_prediction(
         raise InputError(
             f"what {num_ref} rollouts lose is too little to be simulated",
             where="num_ref",
-            mend=f"Ask for at most {_MOST_SIMULATED}; the loss falls about as 1/K",
+            hint=f"Ask for at most {_MOST_SIMULATED}; the loss falls about as 1/K",
         )
     if num_prompts is not None and whole_number(num_prompts, "num_prompts", "finite_k_prediction") < 2:
-        raise InputError("one prompt shows no simulation error", where="num_prompts", mend="Use at least 2")
+        raise InputError("one prompt shows no simulation error", where="num_prompts", hint="Use at least 2")
     prompts = num_prompts or int(np.clip(200_000 // (num_ref + 1), 200, 4000))
     gaps_PK = np.random.default_rng(seed).standard_exponential((prompts, num_ref + 1))
     gaps_PK /= gaps_PK.sum(axis=1, keepdims=True)
@@ -230,7 +230,7 @@ def _matched_beta(optimum: OptimalTransform, num_ref: int, gaps_PK: Array) -> fl
         raise InputError(
             f"{num_ref} reference rollouts per prompt cannot spend {optimum.kl:.4g} nats, only about {most:.3g}",
             where="num_ref",
-            mend="Use more rollouts or a smaller KL",
+            hint="Use more rollouts or a smaller KL",
         )
     high = math.log(optimum.beta)
     while gap(high) > 0:
@@ -242,7 +242,7 @@ def _matched_beta(optimum: OptimalTransform, num_ref: int, gaps_PK: Array) -> fl
             raise InputError(
                 f"{num_ref} reference rollouts per prompt hardly spend {optimum.kl:.4g} nats",
                 where="num_ref",
-                mend="Use more rollouts or a smaller KL",
+                hint="Use more rollouts or a smaller KL",
             )
     if low == high:
         return math.exp(low)

@@ -129,7 +129,7 @@ def optimal_transform(
     beta = positive_beta(beta)
     if beta < SMALLEST_BETA:
         raise InputError(
-            f"beta = {beta:g} is too small to be resolved", where="beta", mend=f"Use {SMALLEST_BETA:g} or more"
+            f"beta = {beta:g} is too small to be resolved", where="beta", hint=f"Use {SMALLEST_BETA:g} or more"
         )
     return OptimalTransform(procedure, opponent, beta, solve(Objective.of(procedure, opponent), beta))
 

@@ -97,7 +97,7 @@ class Frontier:
             raise InputError(
                 f"a KL of {wanted.max():g} nats is beyond the curve",
                 where="Frontier.at",
-                mend=f"Ask for KLs between 0 and {self.kl[-1]:.4g}",
+                hint=f"Ask for KLs between 0 and {self.kl[-1]:.4g}",
             )
         from scipy import interpolate  # pyright: ignore[reportMissingTypeStubs]
 
@@ -188,7 +188,7 @@ def plan(
         raise InputError(
             "give exactly one of beta and kl_budget",
             where="plan",
-            mend="On the command line --beta is the coefficient and --kl the budget in nats",
+            hint="On the command line --beta is the coefficient and --kl the budget in nats",
         )
     # Everything is checked before anything is computed.
     counts = [check_num_ref(count) for count in (num_ref if isinstance(num_ref, Iterable) else [num_ref])]
@@ -326,7 +326,7 @@ def _kls(values: npt.ArrayLike, where: str) -> Array:
     try:
         kls = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"not an array of real numbers ({error})", where=where, mend="Give nats") from error
+        raise InputError(f"not an array of real numbers ({error})", where=where, hint="Give nats") from error
     if kls.size and not (np.isfinite(kls).all() and kls.min() >= 0):
-        raise InputError("a KL is negative or not finite", where=where, mend="Give nats, at least 0")
+        raise InputError("a KL is negative or not finite", where=where, hint="Give nats, at least 0")
     return kls

@@ -103,7 +103,7 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
         raise InputError(
             f"no optimal transform was found for beta = {beta:g}",
             where="optimal_transform",
-            mend="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
+            hint="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
         )
     return followed
 
@@ -195,7 +195,7 @@ def _image(objective: Objective, beta: float, mesh: Mesh, opponents: list[Array]
         raise InputError(
             f"for beta = {beta:g} all mass is closer to an end point than numbers can resolve",
             where="optimal_transform",
-            mend="Use a larger beta",
+            hint="Use a larger beta",
         )
     image = np.clip(mass / total, 0.0, 1.0)
     return _Image(

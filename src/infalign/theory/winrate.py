@@ -51,7 +51,7 @@ class Objective:
                     raise InputError(
                         f"{part.label} draws more responses than can be resolved",
                         where=where,
-                        mend=f"Use at most {LARGEST_N:,}",
+                        hint=f"Use at most {LARGEST_N:,}",
                     )
                 if type(part).__module__.partition(".")[0] != "infalign":
                     check_procedure(part)

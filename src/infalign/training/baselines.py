@@ -141,7 +141,7 @@ class LogSigmoidReward(UncalibratedReward):
     ) -> None:
         super().__init__(source, calibrator, prompt_ids, beta, procedure=procedure)
         if not 0.0 <= quantile <= 1.0:
-            raise InputError(f"quantile is {quantile}", where="LogSigmoidReward", mend="Give a number in [0, 1]")
+            raise InputError(f"quantile is {quantile}", where="LogSigmoidReward", hint="Give a number in [0, 1]")
         self._centre_P = np.array([np.quantile(row, quantile) for row in self._ref_rewards_PK])
 
     def utility(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
@@ -171,7 +171,7 @@ def beta_for_kl(reward: UncalibratedReward, kl: float) -> float:
         raise InputError(
             f"the references can spend {spent(low):.3g} nats on this reward, not {kl:.3g}",
             where=reward.label,
-            mend="Use more reference rollouts per prompt (rollouts.num_ref), or a smaller KL",
+            hint="Use more reference rollouts per prompt (rollouts.num_ref), or a smaller KL",
         )
     found: Any = brentq(lambda log_beta: spent(log_beta) - kl, low, high, xtol=1e-9)
     return float(np.exp(found))
@@ -215,7 +215,7 @@ def best_and_worst(pool: RolloutPool, n: int, target: float = 0.0) -> Examples:
         InputError: If no prompt has n rollouts of different rewards, or n is less than 2.
     """
     if n < 2:
-        raise InputError(f"the best and the worst of {n}", where="n", mend="Use at least 2")
+        raise InputError(f"the best and the worst of {n}", where="n", hint="Use at least 2")
     pairs: list[tuple[int, int]] = []
     for prompt in range(len(pool.prompts)):
         rows = np.flatnonzero(pool.prompt_R == prompt)
@@ -226,7 +226,7 @@ def best_and_worst(pool: RolloutPool, n: int, target: float = 0.0) -> Examples:
                 pairs.append((int(group[ranks.argmax()]), int(group[ranks.argmin()])))
     if not pairs:
         raise InputError(f"no prompt has {n} rollouts of different rewards", where="best and worst",
-                         mend="Draw more reference rollouts per prompt (rollouts.num_ref), or lower n")  # fmt: skip
+                         hint="Draw more reference rollouts per prompt (rollouts.num_ref), or lower n")  # fmt: skip
     return Examples(np.array(pairs, dtype=np.int64), np.full(len(pairs), target), np.ones(len(pairs)))
 
 

@@ -48,7 +48,7 @@ class FreshRollouts(TrainerCallback):
     def __init__(self, reward: TransformedReward, *, every: int, num_prompts: int, num_samples: int) -> None:
         if every < 2:
             raise InputError(f"fresh rollouts every {every} steps", where="training.refresh_every",
-                             mend="Use at least 2; training on rollouts of every step is solver: online")  # fmt: skip
+                             hint="Use at least 2; training on rollouts of every step is solver: online")  # fmt: skip
         self.reward, self.every = reward, every
         self.num_prompts, self.num_samples = num_prompts, num_samples
         self.kl: float | None = None  # of the last round, in nats

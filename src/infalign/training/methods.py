@@ -44,7 +44,7 @@ def solver_loss(solver: str, transform: RewardTransform | SelfConsistentTransfor
         raise InputError(
             f"the self-consistent transform follows the policy's own rollouts, which {solver} does not have",
             where="training.solver",
-            mend="Use transform: optimal, or solver: online or mixed",
+            hint="Use transform: optimal, or solver: online or mixed",
         )
     if solver == "weighted-likelihood":
         assert not isinstance(transform, SelfConsistentTransform), "refused above"
@@ -68,7 +68,7 @@ def baseline_reward(
     name, settings = _split(described)
     if isinstance(calibrator, CombinedCalibrator):
         raise InputError(f"{name} needs one reward: raw rewards of several sources have no common scale",
-                         where="compare_with", mend="Leave it out, or give one reward")  # fmt: skip
+                         where="compare_with", hint="Leave it out, or give one reward")  # fmt: skip
     return _REWARDS[name](source, calibrator, prompt_ids, beta, procedure=procedure, **settings)
 
 

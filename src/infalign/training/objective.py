@@ -101,7 +101,7 @@ def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{name}={value!r} would change the objective, which needs {name}={FIXED[name]!r}{why}",
                 where="training.rloo",
-                mend=f"Remove {name}",
+                hint=f"Remove {name}",
             )
     generation, accumulation = rloo.get("steps_per_generation"), rloo.get("gradient_accumulation_steps", 1)
     if generation is not None and generation != accumulation:
@@ -109,5 +109,5 @@ def refuse_changed_objective(rloo: Mapping[str, Any]) -> None:
             f"steps_per_generation={generation} with gradient_accumulation_steps={accumulation} would train on "
             "rollouts of an older policy",
             where="training.rloo",
-            mend="Make the two equal, or remove steps_per_generation",
+            hint="Make the two equal, or remove steps_per_generation",
         )

@@ -111,7 +111,7 @@ def align_offline(
         return finished
     if fresh is not None and not loss.any_distribution:
         raise InputError(f"{loss.label} needs draws of the reference, fresh rollouts are the policy's",
-                         where="training", mend="Use offline-regression, or no fresh rollouts")  # fmt: skip
+                         where="training", hint="Use offline-regression, or no fresh rollouts")  # fmt: skip
     set_seed(seed)
     reference = Reference(policy, trust_remote_code, allow_pickle)
     model, tokenizer = reference.load_to_train()
@@ -207,7 +207,7 @@ def training_arguments(
         return TrainingArguments(**settings)
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(
-            str(error), where="training.offline", mend="See transformers' TrainingArguments for the fields"
+            str(error), where="training.offline", hint="See transformers' TrainingArguments for the fields"
         ) from error
 
 
@@ -217,4 +217,4 @@ def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
     try:
         return get_peft_model(model, lora_config(lora))
     except ValueError as error:  # a module that is not there
-        raise InputError(str(error).strip(), where="training.lora", mend="See PEFT's LoraConfig") from error
+        raise InputError(str(error).strip(), where="training.lora", hint="See PEFT's LoraConfig") from error

@@ -144,7 +144,7 @@ class Recorder(TrainerCallback):
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
-                f"{bad[0]} ({numbers[bad[0]]}) is not finite at step {state.global_step}", where="training", mend=ADVICE
+                f"{bad[0]} ({numbers[bad[0]]}) is not finite at step {state.global_step}", where="training", hint=ADVICE
             )
         kl = self.fresh.kl if self.fresh is not None else logs["importance_kl"] if self.shows_kl else None
         self.steps.append(OfflineStep(state.global_step, logs["loss"], self.loss.beta, kl, logs["log_ratio"]))

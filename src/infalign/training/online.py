@@ -107,7 +107,7 @@ def align(
     refuse_changed_objective(rloo or {})
     if not 0.0 <= anneal < 1.0:
         raise InputError(
-            f"anneal is {anneal}", where="align", mend="Give a share of the steps: at least 0, less than 1"
+            f"anneal is {anneal}", where="align", hint="Give a share of the steps: at least 0, less than 1"
         )
     set_seed(seed)
     reference = Reference(policy, trust_remote_code, allow_pickle)
@@ -173,7 +173,7 @@ def check_training(
         raise InputError(
             "the leave-one-out baseline needs other rollouts of the same prompt",
             where="training.num_generations",
-            mend="Give at least 2, or baseline: known",
+            hint="Give at least 2, or baseline: known",
         )
     if lora is not None:
         lora_config(lora)
@@ -224,7 +224,7 @@ def _rloo_config(
     try:
         config = RLOOConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise InputError(str(error), where="training.rloo", mend="See TRL's RLOOConfig for the fields") from error
+        raise InputError(str(error), where="training.rloo", hint="See TRL's RLOOConfig for the fields") from error
     config.num_generations = config.num_generations_eval = num_generations
     return config
 

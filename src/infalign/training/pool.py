@@ -81,18 +81,18 @@ def stored_rollouts(
     mask_PK = np.ones((len(calibrated_ids), k), dtype=np.bool_) if scored_PK is None else scored_PK
     if (mask_PK.sum(axis=1) != num_ref_P).any():
         raise InputError("the calibrator was fitted on other rollouts", where=str(store.path),
-                         mend="Give the mask that it was fitted with")  # fmt: skip
+                         hint="Give the mask that it was fitted with")  # fmt: skip
     if not store.key.samples_the_policy:
         raise InputError(
             f"these rollouts were drawn at temperature {store.key.temperature} and top_p {store.key.top_p}",
             where=str(store.path),
-            mend="Offline training needs draws of the reference itself",
+            hint="Offline training needs draws of the reference itself",
         )
     row_of = {prompt_id: row for row, prompt_id in enumerate(calibrated_ids)}
     unknown = [prompt.id for prompt in prompts if prompt.id not in row_of]
     if unknown:
         raise InputError(f"prompt {unknown[0]!r} has no reference rollouts to calibrate with", where="stored_rollouts",
-                         mend="Draw reference rollouts for every training prompt first")  # fmt: skip
+                         hint="Draw reference rollouts for every training prompt first")  # fmt: skip
     _require_known(store, ref_logprobs_PK is None)
     logprobs_PK = store.column_PK("logprob", calibrated_ids, k) if ref_logprobs_PK is None else ref_logprobs_PK
     token_ids_PK = store.column_PK("token_ids", calibrated_ids, k)
@@ -121,7 +121,7 @@ def _require_known(store: RolloutStore, logprobs_too: bool) -> None:
             raise InputError(
                 f"{table[column].null_count} rollouts have no {what}",
                 where=str(store.path),
-                mend="infalign.rollouts.fill.compute_logprobs computes, once, what a server did not give",
+                hint="infalign.rollouts.fill.compute_logprobs computes, once, what a server did not give",
             )
 
 

@@ -69,7 +69,7 @@ class TransformedReward:
             raise InputError(
                 f"{len(prompt_ids)} prompt ids for a calibrator of {calibrator.num_prompts} prompts",
                 where="TransformedReward",
-                mend="Give one id per row that the calibrator was fitted on, in the same order",
+                hint="Give one id per row that the calibrator was fitted on, in the same order",
             )
         self.source = source
         self.calibrator = calibrator
@@ -168,7 +168,7 @@ class TransformedReward:
             raise InputError(
                 "the training data has no column prompt_id",
                 where="TransformedReward",
-                mend="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
+                hint="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
         rewards = self.score(prompts, completions, prompt_id, **columns)
         ranked = self._rank(rewards, prompt_id)
@@ -208,7 +208,7 @@ class TransformedReward:
                 f"{len(bad)} of {len(rewards)} responses have no finite reward, the first to prompt "
                 f"{prompt_id[bad[0]]} ({scores.errors[bad[0]] or rewards[bad[0]]})",
                 where=str(self.source),
-                mend="In training every response needs a number; mend the reward for such responses",
+                hint="In training every response needs a number; fix the reward for such responses",
             )
         return rewards
 
@@ -251,7 +251,7 @@ class TransformedReward:
             raise InputError(
                 f"prompt {missing.args[0]!r} has no reference rollouts to calibrate with",
                 where="TransformedReward",
-                mend="Draw reference rollouts for every training prompt first",
+                hint="Draw reference rollouts for every training prompt first",
             ) from None
 
     def _tilt_table(self, num_ref: int) -> Float:

@@ -81,12 +81,12 @@ def refuse_adapter(policy: str | Path) -> None:
     """An adapter cannot be where training starts.
 
     Raises:
-        InputError: Always, with the mend.
+        InputError: Always, with a hint.
     """
     raise InputError(
         "this is an adapter; alignment starts from full weights",
         where=f"policy.model {policy}",
-        mend="Merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload()"
+        hint="Merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload()"
         ".save_pretrained(…), and save the tokenizer beside it",
     )
 
@@ -146,7 +146,7 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path |
 
 
 def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train, telling apart the failures that a setting can mend; checkpoints made so far stay.
+    """Train, telling apart the failures that a setting can fix; checkpoints made so far stay.
 
     Raises:
         TrainingError: The policy stopped being finite, or the device ran out of memory.
@@ -158,10 +158,10 @@ def run_trainer(trainer: Trainer, checkpoint: Path | None) -> None:
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
-        raise TrainingError("the policy's probabilities are no longer finite", where="training", mend=ADVICE) from error
+        raise TrainingError("the policy's probabilities are no longer finite", where="training", hint=ADVICE) from error
     assert trainer.model is not None, "it has just been trained"
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
-        raise TrainingError("the policy's weights are no longer finite", where="training", mend=ADVICE)
+        raise TrainingError("the policy's weights are no longer finite", where="training", hint=ADVICE)
 
 
 def out_of_memory() -> TrainingError:
@@ -169,7 +169,7 @@ def out_of_memory() -> TrainingError:
     return TrainingError(
         "the device ran out of memory",
         where="training",
-        mend="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
+        hint="Use fewer rollouts per step, training.rloo.gradient_accumulation_steps, or training.lora",
     )
 
 
@@ -184,15 +184,15 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
     except (TypeError, ValueError) as error:
-        raise InputError(str(error), where="training.lora", mend="See PEFT's LoraConfig for the fields") from error
+        raise InputError(str(error), where="training.lora", hint="See PEFT's LoraConfig for the fields") from error
 
 
 @contextmanager
-def refusing_settings(mend: str) -> Iterator[None]:
+def refusing_settings(hint: str) -> Iterator[None]:
     """While a trainer is made: what it cannot be made with is the user's settings.
 
     Raises:
-        InputError: With this mend: a package that a setting needs, a module that is not there …
+        InputError: With this hint: a package that a setting needs, a module that is not there …
         TrainingError: The device ran out of memory.
     """
     try:
@@ -201,7 +201,7 @@ def refusing_settings(mend: str) -> Iterator[None]:
         raise out_of_memory() from error
     except (ImportError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"the trainer does not take these settings ({str(error).strip()})", where="training", mend=mend
+            f"the trainer does not take these settings ({str(error).strip()})", where="training", hint=hint
         ) from error
 
 

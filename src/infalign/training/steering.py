@@ -81,7 +81,7 @@ class Steering(TrainerCallback):
             raise TrainingError(
                 f"the KL ({kl}) or the gradient ({logs.get('grad_norm')}) is not finite at step {state.global_step}",
                 where="training",
-                mend=ADVICE,
+                hint=ADVICE,
             )
         self.steps.append(
             TrainingStep(

@@ -66,7 +66,7 @@ class SequenceTrainer(RLOOTrainer):
                     end_tokens=self.eos_token_ids,
                 )
             except InputError as error:  # it was a usable model when the training began
-                raise TrainingError(error.what, where="training", mend=ADVICE) from error
+                raise TrainingError(error.what, where="training", hint=ADVICE) from error
         return [one.token_ids for one in drawn]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,12 +51,12 @@ def refuse_settings(
     """
     for name, value in given.items():
         if name in elsewhere:
-            raise InputError(f"{name} is not set here", where=where, mend=f"Set {elsewhere[name]} instead")
+            raise InputError(f"{name} is not set here", where=where, hint=f"Set {elsewhere[name]} instead")
         if name in relied_on and value != relied_on[name]:
             raise InputError(
                 f"{name}={value!r}, but the training relies on {name}={relied_on[name]!r}",
                 where=where,
-                mend=f"Remove {name}",
+                hint=f"Remove {name}",
             )
 
 
@@ -78,7 +78,7 @@ def divide_step(per_step: int, kind: str, given: Mapping[str, Any], where: str) 
     accumulation = given.get("gradient_accumulation_steps", 1)
     if not isinstance(accumulation, int) or accumulation < 1:
         raise InputError(
-            f"gradient_accumulation_steps={accumulation!r}", where=where, mend="Give a whole number from 1"
+            f"gradient_accumulation_steps={accumulation!r}", where=where, hint="Give a whole number from 1"
         )
     batches = accumulation * launched()
     if per_step < 1 or per_step % batches:
@@ -86,6 +86,6 @@ def divide_step(per_step: int, kind: str, given: Mapping[str, Any], where: str) 
             f"{per_step} {kind} per step do not divide among {launched()} processes × {accumulation} "
             "accumulation steps",
             where="training",
-            mend="Change prompts_per_step, num_generations or gradient_accumulation_steps",
+            hint="Change prompts_per_step, num_generations or gradient_accumulation_steps",
         )
     return per_step // batches, accumulation
