@@ -22,6 +22,7 @@ from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
 from infalign.training.methods import is_online
+from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, ideal_weight
 from infalign.training.offline import check_offline
 from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
@@ -143,6 +144,8 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
             else:
                 beta = tilt_at_kl(transform, kl).beta
             planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
+        if (weight := planned_weight(recipe, kl)) < 1.0:
+            planned[0]["mixture_weight"] = weight
     except InputError as error:
         if recipe.beta is None or error.where != "kl_budget":
             raise
@@ -152,6 +155,17 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
             hint="Choose another, or give kl_budget",
         ) from error
     return kl, planned
+
+
+def planned_weight(recipe: Recipe, kl: float) -> float:
+    """The share that the recipe's own transform has in the mixture it is trained in (M19); 1 where there is none."""
+    mixture = recipe.training.mixture
+    if isinstance(mixture, str):
+        return 1.0
+    if mixture.weight != "auto":
+        return mixture.weight
+    weight = ideal_weight(optimum_at_kl(recipe.target_procedure, kl))
+    return weight if weight <= LARGEST_IDEAL_WEIGHT else 1.0
 
 
 def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -74,9 +74,9 @@ class Testbed:
         texts = [self.tokenizer.decode(s, skip_special_tokens=True) for s in responses]
         return np.array(hashed_reward([prompt.prompt] * len(texts), texts))
 
-    def reward(self, transform: RewardTransform, beta: float) -> TransformedReward:
+    def reward(self, transform: RewardTransform, beta: float, **more: Any) -> TransformedReward:
         return TransformedReward(
-            FunctionReward(hashed_reward), self.calibrator, [p.id for p in PROMPTS], transform, beta
+            FunctionReward(hashed_reward), self.calibrator, [p.id for p in PROMPTS], transform, beta, **more
         )
 
     def optimum(self, reward: TransformedReward, index: int) -> tuple[np.ndarray, float]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.procedures.measured import MeasuredProcedure
@@ -16,12 +16,14 @@ from infalign.recipe.sections import (
     Evaluation,
     Policy,
     Prompts,
+    Reshape,
     Reward,
     Rewards,
     Rollouts,
     Section,
     Testbed,
     Training,
+    reshape_value,
 )
 from infalign.recipe.values import NAME, Compared, Positive, Procedure, Transform, transform_name
 
@@ -43,6 +45,7 @@ class Recipe(Section):
     beta: Positive | None = None
     kl_budget: Positive | None = None
     training: Training = Training()
+    reshape: Annotated[Reshape, BeforeValidator(reshape_value)] = Reshape(kind="none")
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -81,6 +84,16 @@ class Recipe(Section):
             raise ValueError(
                 f"the self-consistent transform follows the policy's own rollouts; with training.solver "
                 f"{self.training.solver} use optimal"
+            )
+        if self.training.mixture != "none" and self.training.solver != "online":
+            raise ValueError(
+                f"training inside a mixture is online training; with training.solver {self.training.solver} leave "
+                "training.mixture out"
+            )
+        if self.training.mixture != "none" and self.reshape.kind == "none":
+            raise ValueError(
+                "a model that was trained inside a mixture is used as a part of it: give reshape: auto with "
+                "training.mixture"
             )
         if self.training.solver == "mixed" and self.training.steps <= self.training.refresh_every:
             raise ValueError(

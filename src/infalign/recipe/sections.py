@@ -186,6 +186,32 @@ class Calibration(Section):
     ties: Literal["midrank", "strict", "inclusive", "random"] = "midrank"
 
 
+class InMixture(Section):
+    """Training inside a mixture with the reference (M19)."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = (
+        "auto"  # the trained model's share; auto: from theory
+    )
+
+
+def _mixture_value(value: Any) -> Any:
+    """`auto` for `{weight: auto}`; anything else as it is."""
+    return {"weight": "auto"} if value == "auto" else value
+
+
+class Reshape(Section):
+    """Reshaping an aligned model by a function of its own log-ratio, after training (M16)."""
+
+    kind: Literal["auto", "mixture", "reshaped", "none"] = "auto"
+    methods: Literal["own", "all"] = "own"  # the recipe's own transform, or those of compare_with as well
+    num_samples: Annotated[int, Field(ge=2)] = 32  # rollouts of the aligned model per calibration prompt
+
+
+def reshape_value(value: Any) -> Any:
+    """`auto` for `{kind: auto}`; anything else as it is."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Training(Section):
     """How the policy is trained; `rloo` takes any further field of TRL's RLOOConfig, `offline` of TrainingArguments."""
 
@@ -197,6 +223,8 @@ class Training(Section):
     learning_rate: Positive = 1e-5
     baseline: Literal["known", "leave-one-out"] = "known"
     anneal: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the steps over which the tilt is brought in
+    # The recipe's own transform is trained inside a mixture with the reference; auto: where theory has a use for one.
+    mixture: Annotated[InMixture | Literal["none"], BeforeValidator(_mixture_value)] = "none"
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`
@@ -207,7 +235,7 @@ class Training(Section):
     @property
     def online(self) -> dict[str, Any]:
         """What the online solver takes."""
-        return self.model_dump(exclude={"solver", "refresh_every", "offline"})
+        return self.model_dump(exclude={"solver", "refresh_every", "offline", "mixture"})
 
 
 class Evaluation(Section):

@@ -20,6 +20,7 @@ class PlannedTransform:
     transform: RewardTransform | SelfConsistentTransform  # the identity for a baseline, which has none
     beta: float
     baseline: dict[str, Any] | None = None
+    mixture_weight: float = 1.0  # below 1: trained inside a mixture with the reference, of which it is this share (M19)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
@@ -29,7 +30,7 @@ class PlannedTransform:
         described = content["transform"]
         own = described["kind"] == SelfConsistentTransform.label
         transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
-        return cls(content["name"], transform, content["beta"])
+        return cls(content["name"], transform, content["beta"], mixture_weight=content.get("mixture_weight", 1.0))
 
     def trains_online(self, solver: str) -> bool:
         """Whether it is trained by the online solver, where the recipe's transforms use `solver`."""
@@ -38,7 +39,8 @@ class PlannedTransform:
     def training_settings(self, training: Training) -> dict[str, Any]:
         """The settings that decide what its training gives."""
         if self.trains_online(training.solver):
-            return training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline"})
+            settings = training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline", "mixture"})
+            return settings if self.mixture_weight == 1.0 else settings | {"mixture_weight": self.mixture_weight}
         shared = {
             "steps",
             "prompts_per_step",

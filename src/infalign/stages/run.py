@@ -46,8 +46,12 @@ class Run:
         kind = CombinedCalibrator if self.rewards.combined else RewardCalibrator
         return kind.load(self.out / "calibration" / "calibrator")
 
-    def transformed_reward(self, planned: PlannedTransform) -> TransformedReward:
+    def transformed_reward(self, planned: PlannedTransform, *, mixture_weight: float = 1.0) -> TransformedReward:
         """What online training with one transform or baseline maximises.
+
+        Args:
+            planned: The transform or baseline.
+            mixture_weight: The policy's share, for a trainer that trains inside a mixture with the reference (M19).
 
         Raises:
             InputError: If the baseline is a loss on stored rollouts.
@@ -55,7 +59,13 @@ class Run:
         source, calibrator, ids = self.rewards.source(), self.calibrator(), self.prompts("train").ids
         if planned.baseline is None:
             return TransformedReward(
-                source, calibrator, ids, planned.transform, planned.beta, procedure=self.recipe.target_procedure
+                source,
+                calibrator,
+                ids,
+                planned.transform,
+                planned.beta,
+                procedure=self.recipe.target_procedure,
+                mixture_weight=mixture_weight,
             )
         if not is_online(planned.baseline):
             raise InputError(f"{planned.name} is a loss on stored rollouts, not a reward", where="compare_with",

@@ -7,6 +7,7 @@ from typing import Any
 
 from infalign import processes
 from infalign.data import Prompt
+from infalign.recipe import Recipe
 from infalign.rollouts.fill import compute_logprobs
 from infalign.rollouts.progress import Progress
 from infalign.run_rewards import scored_by_all
@@ -24,8 +25,8 @@ from infalign.training.pool import RolloutPool, stored_rollouts
 def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> None:
     """Align the reference with one transform, by the recipe's solver, or with one baseline."""
     recipe, prompts, training = run.recipe, run.prompts("train"), run.recipe.training
-    # The KL that decides the landing is measured on prompts that no update has seen, where there are enough.
-    kept = min(len(prompts) // 4, 128) if recipe.kl_budget is not None else 0
+    # The KL that decides the landing is measured on prompts that no update has seen, and so is a reshaping fitted.
+    kept = kept_prompts(recipe, len(prompts))
     out = run.out / "policies" / planned.name
     common: dict[str, Any] = {
         "max_new_tokens": recipe.rollouts.max_new_tokens,
@@ -37,7 +38,7 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
         "progress": progress,
     }
     if planned.trains_online(training.solver):
-        reward = run.transformed_reward(planned)
+        reward = run.transformed_reward(planned, mixture_weight=planned.mixture_weight)
         landing = align(run.reference, out, prompts[kept:], reward, **common, **training.online).landing
     else:
         mixed = planned.baseline is None and training.solver == "mixed"
@@ -56,6 +57,12 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
         if landing is not None:
             run.say(f"  {landing}")
         write_card(run, planned, None)
+
+
+def kept_prompts(recipe: Recipe, num_prompts: int) -> int:
+    """How many of the training prompts, the first ones, no update sees."""
+    wanted = recipe.kl_budget is not None or recipe.reshape.kind != "none"
+    return min(num_prompts // 4, 128) if wanted else 0
 
 
 def _loss(run: Run, planned: PlannedTransform) -> OfflineLoss:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from infalign.training.mixture import softened_log_ratio
 from infalign.training.reward import TransformedReward
 from infalign.training.trainer import SequenceTrainer
 
@@ -20,7 +21,9 @@ Baseline = Literal["known", "leave-one-out"]
 class BaselineTrainer(SequenceTrainer):
     """TRL's trainer with a choice of baseline.
 
-    Both baselines leave the expected gradient as it is: neither depends on the response it is subtracted from.
+    Both baselines leave the expected gradient as it is: neither depends on the response it is subtracted from. Inside a
+    mixture with the reference (M19) the softened log-ratio stands in the place of the log-ratio.
+
     Logs the spread of the residual (M12; 0 at the optimum) and the mean square of the advantage with each baseline.
 
     Args:
@@ -42,9 +45,16 @@ class BaselineTrainer(SequenceTrainer):
         output = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         reward_B = self._rewards[first : first + len(inputs), 0]
-        residual_B = reward_B - self.log_ratio_B - log_z_B.to(reward_B)
+        softened = softened_log_ratio(self.log_ratio_B.double().cpu().numpy(), source.mixture_weight)
+        gain_B = reward_B - torch.from_numpy(softened).to(reward_B)
+        residual_B = gain_B - log_z_B.to(reward_B)
         residual_N: Any = self.accelerator.gather(residual_B)
         known_B = residual_B - (residual_N.sum() - residual_B) / (len(residual_N) - 1)
+        if source.mixture_weight < 1.0:  # TRL has subtracted the whole log-ratio
+            gain_N: Any = self.accelerator.gather(gain_B)
+            assert self.num_generations is not None, "always set"
+            left_out_N = _leave_one_out(gain_N, self.num_generations)
+            output["advantages"] = left_out_N[first : first + len(inputs)].to(output["advantages"])
         squares = torch.stack([output["advantages"].square().mean(), known_B.square().mean()])
         reduced: Any = self.accelerator.reduce(squares, reduction="mean")
         leave_one_out, known = reduced.tolist()
@@ -59,3 +69,11 @@ class BaselineTrainer(SequenceTrainer):
     def _calculate_rewards(self, *arguments: Any, **more: Any) -> torch.Tensor:
         self._rewards = super()._calculate_rewards(*arguments, **more)
         return self._rewards
+
+
+def _leave_one_out(gain_N: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Each rollout's gain less the mean of the others of its prompt; 0 where there are no others."""
+    if num_generations == 1:
+        return torch.zeros_like(gain_N)
+    gain_PG = gain_N.reshape(-1, num_generations)
+    return ((gain_PG - gain_PG.mean(1, keepdim=True)) * num_generations / (num_generations - 1)).reshape(-1)

@@ -70,6 +70,9 @@ def align(
 ) -> AlignmentResult[TrainingStep]:
     """Align `policy` to the transformed reward and save it as an ordinary Hugging Face folder (or adapter) in `out`.
 
+    With a `mixture_weight` below 1 in the reward, training is inside a mixture with the reference (M19): the KL
+    that is steered is the mixture's, and nothing is landed; choosing the weight anew does that (`reshape/`).
+
     An interrupted call, repeated with the same arguments, goes on from its last checkpoint (in `out/checkpoints`).
     Under `accelerate launch` every process calls this with the same arguments; the landing is the main process's.
 
@@ -140,7 +143,7 @@ def align(
     if not is_main():
         return AlignmentResult(out / "model", reward.beta, callback.steps)
     landing = None
-    if kl_budget is not None:
+    if kl_budget is not None and reward.mixture_weight == 1.0:
         where = kl_prompts or prompts
         landing = land_saved(out / "model", reference, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)

@@ -21,9 +21,10 @@ from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import column_names, columns_of
 from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.drop_in import calling_trainer, warn_of_settings
+from infalign.training.mixture import check_weight, mixture_log_partition
 from infalign.training.ranked import RankedRollouts
 from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.training.tilt import log_partition, tilt_by_rank
+from infalign.training.tilt import tilt_by_rank
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -64,6 +65,7 @@ class TransformedReward:
         beta: float,
         *,
         procedure: InferenceProcedure | None = None,
+        mixture_weight: float = 1.0,
     ) -> None:
         if len(prompt_ids) != calibrator.num_prompts:
             raise InputError(
@@ -74,6 +76,9 @@ class TransformedReward:
         self.source = source
         self.calibrator = calibrator
         self.transform = transform
+        self.mixture_weight = check_weight(mixture_weight)
+        if isinstance(transform, SelfConsistentTransform):
+            transform.weight = self.mixture_weight
         self._prompt_of: dict[str, Prompt] = {}
         self._columns: list[str] = []
         self.procedure = transform.procedure if isinstance(transform, SelfConsistentTransform) else procedure
@@ -133,7 +138,8 @@ class TransformedReward:
         num_ref_B = self.calibrator.num_ref_P[self.rows(prompt_id)]
         out_B = np.empty(len(num_ref_B))
         for num_ref in np.unique(num_ref_B):
-            out_B[num_ref_B == num_ref] = log_partition(self._tilt_table(int(num_ref)))
+            table = self._tilt_table(int(num_ref))
+            out_B[num_ref_B == num_ref] = mixture_log_partition(table, self.mixture_weight)
         return out_B
 
     def __call__(
@@ -175,7 +181,8 @@ class TransformedReward:
         tilt_B = self.tilt(rewards, prompt_id)
         # Called by a trainer, every process does this at the same time: the state is then that of all their rollouts.
         self.ranked = ranked if log_metric is None else ranked.of_all_processes()
-        won_P = None if self.procedure is None else self.ranked.win_rate_P(self.procedure)
+        own = self.procedure if self.mixture_weight == 1.0 else None  # of the trained model alone
+        won_P = None if own is None else self.ranked.win_rate_P(own)
         self.win_rate = None if won_P is None else float(won_P.mean())
         if log_metric is not None:
             log_metric("calibrated_reward", float((ranked.rank_B / ranked.num_ref_B).mean()))

@@ -41,6 +41,7 @@ class SelfConsistentTransform:
 
     def __init__(self, procedure: InferenceProcedure, memory: float = 0.8) -> None:
         self.procedure = procedure
+        self.weight = 1.0
         self.memory = memory
         self.rollouts_per_step: int | None = None
         self._objective = Objective.of(procedure)
@@ -67,7 +68,8 @@ class SelfConsistentTransform:
 
     def value(self) -> Float:
         """R at the cells' edges, R(0) = 0 (M13)."""
-        slope = self._objective.reward_slope(np.clip(self.cdf, 0.0, 1.0), self._opponents)
+        cdf = (1 - self.weight) * self.edges + self.weight * np.clip(self.cdf, 0.0, 1.0)
+        slope = self._objective.reward_slope(cdf, self._opponents)
         return np.concatenate([[0.0], np.cumsum((slope[1:] + slope[:-1]) / (2 * CELLS))])
 
     def tilt_by_rank(self, num_ref: int, beta: float) -> Float:

@@ -32,6 +32,7 @@ class TrainingStep:
     win_rate: float | None = None  # of the target procedure (M10); None where a group is smaller than its n
     tie_mass: float | None = None  # chance that a rollout equals a reference
     frontier_share: float | None = None  # (W − ½)/(limit(KL) − ½)
+    aligned_kl: float | None = None  # sequence KL of the trained model alone, where `kl` is that of a mixture (M19)
 
 
 class Steering(TrainerCallback):
@@ -96,6 +97,7 @@ class Steering(TrainerCallback):
                 win_rate=logs.get("win_rate"),
                 tie_mass=logs.get("tie_mass"),
                 frontier_share=logs.get("frontier_share"),
+                aligned_kl=logs.get("aligned_kl"),
             )
         )
         if self.controller is not None and self.reward.strength == 1.0:  # before that a smaller KL is as it should be
@@ -105,7 +107,8 @@ class Steering(TrainerCallback):
         if self.progress is not None:
             last = self.steps[-1]
             won = "" if last.win_rate is None else f"  win rate {last.win_rate:.3f}"
-            text = f"KL {last.kl:.2f}  calibrated reward {last.calibrated_reward:.3f}{won}  beta {last.beta:.3g}"
+            alone = "" if last.aligned_kl is None else f" ({last.aligned_kl:.2f} alone)"
+            text = f"KL {last.kl:.2f}{alone}  calibrated reward {last.calibrated_reward:.3f}{won}  beta {last.beta:.3g}"
             self.progress(state.global_step, self.total_steps, text)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from infalign.estimators import mean_estimate
 from infalign.theory.plan import frontier
+from infalign.training.mixture import mixture_kl
 from infalign.training.ranked import mean_per_prompt
 from infalign.training.reward import TransformedReward
 
@@ -40,8 +41,11 @@ class StepReport:
         assert ranked is not None, "rollouts are scored before they are reported"
         if not np.isfinite(log_ratio_B).all():
             return {"sequence_kl": math.nan}
-        kl = mean_estimate(mean_per_prompt(log_ratio_B, ranked.prompt_B))
+        weight = self._reward.mixture_weight
+        kl = mean_estimate(mean_per_prompt(mixture_kl(log_ratio_B, weight), ranked.prompt_B))
         report = {"sequence_kl": kl.estimate}
+        if weight < 1.0:
+            report["aligned_kl"] = float(mean_per_prompt(log_ratio_B, ranked.prompt_B).mean())
         if kl.num_prompts > 1:
             report["sequence_kl_error"] = kl.standard_error
         win_rate = self._reward.win_rate
