@@ -139,6 +139,15 @@ class RewardCalibrator:
         below, equal, _ = self._compare(rewards, prompt_index)
         return below, equal
 
+    def resolve(self, below: IntArray, equal: IntArray) -> tuple[FloatArray, IntArray]:
+        """Ranks by the tie rule from what `compare` gave, and how many ties it leaves open (none where it decides)."""
+        return ranks_and_ties_left(below, equal, self.ties, self._rng)
+
+    def level_counts(self, prompt: int) -> IntArray:
+        """How many references of a prompt have its lowest reward, the next, …; they sum to K."""
+        _, ordered = self._fitted()
+        return np.unique(ordered[self._starts[prompt] : self._starts[prompt + 1]], return_counts=True)[1]
+
     def calibrate_references(self) -> FloatArray | list[FloatArray]:
         """Calibrated rewards of the references themselves, each against the K − 1 others of its prompt.
 

@@ -144,6 +144,15 @@ class CombinedCalibrator:
         below, equal, _ = self._compare(rewards, prompt_index)
         return below, equal
 
+    def resolve(self, below: IntArray, equal: IntArray) -> tuple[FloatArray, IntArray]:
+        """As `RewardCalibrator.resolve`."""
+        return ranks_and_ties_left(below, equal, self.ties, self._rng)
+
+    def level_counts(self, prompt: int) -> IntArray:
+        """How many references of a prompt have its lowest combined score, the next, …; they sum to K."""
+        scores = _rounded(self._ranks_PKM[prompt][self._valid_PK[prompt]] @ self.weights)
+        return np.unique(scores, return_counts=True)[1]
+
     def score(self, rewards: ArrayLike, *, prompt_index: ArrayLike | None = None) -> FloatArray:
         """The weighted mean of the M calibrated rewards itself: a score that depends on nothing but the response.
 

@@ -63,8 +63,9 @@ class TrainerReward:
         reward = self.transformed
         with self._lock:
             rewards = reward.score([self._content_of[i] for i in prompt_ids], responses, prompt_ids)
-            nats_B, calibrated_B = reward.tilt(rewards, prompt_ids), reward.calibrate(rewards, prompt_ids)
-            reward.follow(rewards, prompt_ids)
+            ranked = reward.rank(rewards, prompt_ids)
+            nats_B, calibrated_B = reward.tilt(rewards, prompt_ids, ranked), ranked.rank_B / ranked.num_ref_B
+            reward.follow(ranked)
         return Rewarded(nats_B, calibrated_B, rewards.reshape(len(responses), -1)[:, 0])
 
     def require(self, prompt_ids: Sequence[str]) -> None:

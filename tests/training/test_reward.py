@@ -1,5 +1,7 @@
 """Score → calibrate → transform, as a trainer calls it."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from infalign.procedures import BestOfN
 from infalign.rollouts.rewards import FunctionReward
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.training.reward import TransformedReward
+from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.training.tilt import tilt_of_reward
 from infalign.transforms import Exponential, Identity, Log
 
 
@@ -142,3 +146,55 @@ def test_every_response_needs_a_number_in_training_and_its_prompt_is_told(missin
     reward = TransformedReward(FunctionReward(patchy), calibrator, ["id-1", "id-2"], Identity(), 1.0)
     with pytest.raises(RewardError, match=r"to prompt id-2\b.*[Ii]n training every response needs a number"):
         reward(["first", "second"], ["x", "y"], prompt_id=["id-1", "id-2"])
+
+
+def test_a_tie_by_lot_is_paid_logged_and_learnt_by_the_same_rank():
+    """Equal to seven of eight references: the rank is drawn once, and everything goes by it."""
+    references = [[1.0] * 7 + [5.0]]
+    calibrator = RewardCalibrator("random", seed=3).fit(references)
+    for transform in (Exponential(3.0), SelfConsistentTransform(BestOfN(2), memory=0.0)):
+        reward = TransformedReward(FunctionReward(length_reward), calibrator, ["p"], transform, 0.5)
+        seen = {}
+        if isinstance(transform, SelfConsistentTransform):
+            table = tilt_of_reward(transform.reward(8), 0.5).by_rank
+        else:
+            table = rank_conditional_tilt(transform, 0.5, 8) / 0.5
+        (paid,) = reward(["?"], ["x"], prompt_id=["p"], log_metric=seen.__setitem__)
+        assert reward.ranked is not None
+        (rank,) = reward.ranked.rank_B
+        assert paid == pytest.approx(table[int(rank)])
+        assert seen["calibrated_reward"] == rank / 8
+        if isinstance(transform, SelfConsistentTransform):
+            assert np.interp([rank / 9, (rank + 1) / 9], transform.edges, transform.cdf) == pytest.approx(
+                [0, 1], abs=2e-3
+            )
+
+
+def test_a_self_consistent_reward_knows_equal_references():
+    """Two levels, half and half, Best-of-2 at the reference: h(½) (v(2) − v(1)) = ½ between them, over β."""
+    calibrator = RewardCalibrator().fit([[1.0] * 500 + [2.0] * 500])
+    transform = SelfConsistentTransform(BestOfN(2))
+    reward = TransformedReward(FunctionReward(length_reward), calibrator, ["p"], transform, 0.5)
+    low, high = reward(["?"] * 2, ["x", "xx"], prompt_id=["p"] * 2)
+    assert high - low == pytest.approx(1.0, abs=5e-3)
+    reward = TransformedReward(
+        FunctionReward(length_reward), calibrator, ["p"], SelfConsistentTransform(BestOfN(2)), 0.5
+    )
+    expected = np.log(np.mean(np.exp([low, high])))
+    assert reward.log_normalizer(["p"]) == pytest.approx([expected], abs=5e-3)
+
+
+def test_a_reward_does_not_depend_on_its_own_rollouts_but_on_those_before():
+    make_reward = lambda: make(SelfConsistentTransform(BestOfN(2)))  # noqa: E731
+    one, two = make_reward(), make_reward()
+    assert one(["?"], ["xxxx"], prompt_id=["p"]) == two(["?"] * 2, ["xxxx", ""], prompt_id=["p"] * 2)[:1]
+    assert one(["?"], ["xx"], prompt_id=["p"]) != two(["?"], ["xx"], prompt_id=["p"])
+
+
+def test_it_goes_on_exactly_from_a_checkpoint():
+    one, two = make(SelfConsistentTransform(BestOfN(2))), make(SelfConsistentTransform(BestOfN(2)))
+    one(["?"] * 3, ["xxxx", "", "x" * 15], prompt_id=["p", "p", "q"])
+    one.beta = 0.3
+    two.load_state(json.loads(json.dumps(one.state())))
+    ask = (["?"] * 2, ["xx", "x" * 25]), {"prompt_id": ["p", "q"]}
+    assert one(*ask[0], **ask[1]) == two(*ask[0], **ask[1])

@@ -34,8 +34,8 @@ def ranked(rewards_PG, refs_PK, order):
     prompt_B = np.repeat(np.arange(len(rewards_PG)), rewards_PG.shape[1])[order]
     flat_B = rewards_PG.ravel()[order]
     below_B, equal_B = calibrator.compare(flat_B, prompt_index=prompt_B)
-    rank_B = calibrator.ranks(flat_B, prompt_index=prompt_B)
-    return RankedRollouts(prompt_B, below_B, equal_B, calibrator.num_ref_P[prompt_B], rank_B)
+    rank_B, tied_B = calibrator.resolve(below_B, equal_B)
+    return RankedRollouts(prompt_B, below_B, equal_B, calibrator.num_ref_P[prompt_B], rank_B, tied_B)
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)

@@ -14,7 +14,7 @@ from infalign.training.baselines import RawReward
 from infalign.training.kl_control import KLController
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.steering import Steering
-from infalign.training.tilt import FLOOR, log_partition, tilt_by_rank
+from infalign.training.tilt import FLOOR, log_partition, tilt_by_rank, tilt_of_reward
 from infalign.transforms import Exponential, Identity
 from tests.training.enumerable import PROMPTS, Testbed
 
@@ -46,7 +46,7 @@ def test_it_bites_where_the_transform_forbids():
 
 
 def test_a_self_consistent_transform_has_it_too():
-    tilt = tilt_by_rank(SelfConsistentTransform(WorstOfN(4)), 1e-3, 64)
+    tilt = tilt_of_reward(SelfConsistentTransform(WorstOfN(4)).reward(64), 1e-3).by_rank
     assert tilt.max() - tilt.min() < FLOOR + np.log(65)
 
 

@@ -24,6 +24,7 @@ from infalign.procedures import InferenceProcedure
 from infalign.rollouts.rewards import RewardSource
 from infalign.training.losses import Examples, single_examples, squared_residual
 from infalign.training.pool import Float, RolloutPool
+from infalign.training.ranked import RankedRollouts
 from infalign.training.reward import TransformedReward
 from infalign.transforms import Identity
 
@@ -61,8 +62,8 @@ class UncalibratedReward(TransformedReward):
     def utility(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
         """What is maximised, shape (B,)."""
 
-    def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """u(r)/β in nats, times `strength`, shape (B,)."""
+    def tilt(self, rewards: Float, prompt_id: Sequence[str], ranked: RankedRollouts | None = None) -> Float:
+        """u(r)/β in nats, times `strength`, shape (B,); ranks play no part."""
         return self.strength * self.utility(rewards, prompt_id) / self.beta
 
     def ref_utilities(self, rows: Iterable[int] | None = None) -> list[Float]:

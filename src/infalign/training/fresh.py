@@ -104,16 +104,21 @@ class FreshRollouts(TrainerCallback):
         ref_logprobs_R = sequence_logprobs(
             self._reference, self._tokenizer, [prompt_ids[p] for p in prompt_R], token_ids
         )
-        rows_R = self.reward.rows(ids_R)
-        calibrator = self.reward.calibrator
-        ranks_R, ties_R = calibrator.ranks_and_ties(rewards, prompt_index=rows_R)
+        ranked = self.reward.rank(rewards, ids_R)
         pool = RolloutPool(
-            tuple(prompts), prompt_R, token_ids, ref_logprobs_R, ranks_R, ties_R, calibrator.num_ref_P[rows_R]
+            tuple(prompts),
+            prompt_R,
+            token_ids,
+            ref_logprobs_R,
+            ranked.rank_B,
+            ranked.tied_B,
+            ranked.num_ref_B,
+            ranked.prompt_B,
         )
         self.kl = float((store.column_PK("logprob", ids, self.num_samples).ravel() - ref_logprobs_R).mean())
         self._data.add(pool, self._loss.examples(pool))
         if isinstance(self.reward.transform, SelfConsistentTransform):
-            self.reward.follow(rewards, ids_R)
+            self.reward.follow(ranked)
             self._data.retarget(window, lambda seen: self._loss.examples(seen).targets_N)
 
     def _round_prompts(self, window: int) -> list[Prompt]:

@@ -20,7 +20,7 @@ from infalign.errors import InputError
 from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.training.tilt import log_partition, tilt_by_rank
+from infalign.training.tilt import log_partition, tilt_by_rank, tilt_of_reward
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -39,6 +39,7 @@ class RolloutPool:
         ranks_R: How many of `num_ref_R` reference rewards each one's reward beats, a tie counting one half.
         ties_R: How many it ties with.
         num_ref_R: How many it was compared with.
+        row_R: The calibrator's row of each one's prompt; None if unknown.
     """
 
     prompts: tuple[Prompt, ...]
@@ -48,6 +49,7 @@ class RolloutPool:
     ranks_R: Float  # noqa: N815
     ties_R: Int  # noqa: N815
     num_ref_R: Int  # noqa: N815
+    row_R: Int | None = None  # noqa: N815
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -110,6 +112,7 @@ def stored_rollouts(
         ranks_R[taken],
         ties_R[taken],
         num_ref_P[rows] - 1,
+        rows,
     )
 
 
@@ -130,10 +133,19 @@ def log_weights(pool: RolloutPool, transform: RewardTransform | SelfConsistentTr
 
     Args:
         pool: R ranked rollouts.
-        transform: Φ.
+        transform: Φ; a self-consistent one at its present estimate of the policy on each prompt (M17). Equal rewards
+            then share the mean of the ranks they take.
         beta: KL coefficient, in units of Φ per nat.
     """
     out_R = np.empty(len(pool))
+    if isinstance(transform, SelfConsistentTransform):
+        row_R = np.full(len(pool), -1) if pool.row_R is None else pool.row_R
+        for row, num_ref in np.unique(np.stack([row_R, pool.num_ref_R]), axis=1).T:
+            these = (row_R == row) & (pool.num_ref_R == num_ref)
+            table = tilt_of_reward(transform.reward(int(num_ref), int(row) if row >= 0 else None), beta)
+            first = np.rint(pool.ranks_R[these] - pool.ties_R[these] / 2).astype(np.int64)
+            out_R[these] = table.at(first, pool.ties_R[these]) - table.log_partition
+        return out_R
     for num_ref in np.unique(pool.num_ref_R):
         of_K = pool.num_ref_R == num_ref
         table = tilt_by_rank(transform, beta, int(num_ref))

@@ -1,8 +1,14 @@
-"""How one step's rollouts stand among their prompts' references, and what that says about the procedure's win rate."""
+"""How one step's rollouts stand among their prompts' references, and what that says about the procedure's win rate.
+
+Rewards and references are compared once; what a rollout is paid, what is logged and what a self-consistent transform
+learns all come from that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +29,7 @@ class RankedRollouts:
         equal_B: How many it equals.
         num_ref_B: K of its prompt.
         rank_B: Its rank in 0..K by the calibrator's tie rule.
+        tied_B: With how many references it shares that rank: `equal_B` with mid-ranks, 0 where the rule resolves ties.
     """
 
     prompt_B: NDArray[np.int64]  # noqa: N815
@@ -30,6 +37,39 @@ class RankedRollouts:
     equal_B: NDArray[np.int64]  # noqa: N815
     num_ref_B: NDArray[np.int64]  # noqa: N815
     rank_B: Float  # noqa: N815
+    tied_B: NDArray[np.int64]  # noqa: N815
+
+    def __len__(self) -> int:
+        return len(self.prompt_B)
+
+    @property
+    def first_B(self) -> NDArray[np.int64]:  # noqa: N802
+        """The lowest of the ranks that each one shares with the references it ties with."""
+        return np.rint(self.rank_B - self.tied_B / 2).astype(np.int64)
+
+    def part(self, which: Any) -> RankedRollouts:
+        """Some of them, by a slice or a mask."""
+        return RankedRollouts(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def followed_by(self, more: RankedRollouts) -> RankedRollouts:
+        """These, then more."""
+        both = [(getattr(self, field.name), getattr(more, field.name)) for field in fields(self)]
+        return RankedRollouts(*(np.concatenate(pair) for pair in both))
+
+    def cdf(self, at_U: Float) -> Float:
+        """Their distribution over [0, 1], each spread evenly over the `tied` + 1 cells of K + 1 that it fills."""
+        cells_BU = at_U[None, :] * (self.num_ref_B[:, None] + 1.0) - self.first_B[:, None]
+        return np.clip(cells_BU / (self.tied_B[:, None] + 1.0), 0.0, 1.0).mean(axis=0)
+
+    def to_lists(self) -> dict[str, list[Any]]:
+        """JSON-able."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+    @classmethod
+    def from_lists(cls, content: Mapping[str, Any]) -> RankedRollouts:
+        """Inverse of `to_lists`."""
+        whole = {name: np.array(values, dtype=np.int64) for name, values in content.items() if name != "rank_B"}
+        return cls(**whole, rank_B=np.array(content["rank_B"], dtype=np.float64))
 
     def of_all_processes(self) -> RankedRollouts:
         """The same of all processes that take part in this training, each rollout once; in the order of the batch."""

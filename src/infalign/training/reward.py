@@ -22,9 +22,10 @@ from infalign.rollouts.score import column_names, columns_of
 from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.drop_in import calling_trainer, warn_of_settings
 from infalign.training.mixture import check_weight, mixture_log_partition
+from infalign.training.rank_value import RankTable
 from infalign.training.ranked import RankedRollouts
 from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.training.tilt import tilt_by_rank
+from infalign.training.tilt import tilt_by_rank, tilt_of_reward
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -37,7 +38,8 @@ class TransformedReward:
     objective of KL-regularised RL with transform Φ at KL coefficient β, divided by β.
 
     With K references the calibrated reward is a rank b in 0..K. Its tilt is the rank-conditional Φ_K(b) (M6), which
-    keeps the normaliser exact where plugging in b/K would over-tilt. It has a floor (`training/tilt.py`).
+    keeps the normaliser exact where plugging in b/K would over-tilt; a self-consistent transform pays the mean of what
+    the rank leaves open, at the policy's distribution on that prompt (M17). Both have a floor (`training/tilt.py`).
 
     Args:
         source: Scores responses; a `CombinedReward` gives several rewards each.
@@ -46,6 +48,8 @@ class TransformedReward:
         transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next.
         beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
         procedure: What the policy will be used through, for the win rate in the log; a `SelfConsistentTransform` knows.
+        mixture_weight: ε in (0, 1], below 1 for training inside a mixture with the reference (M19): the policy's share.
+            By default a `SelfConsistentTransform`'s own, else 1.
 
     Attributes:
         strength: Share of the tilt that is in force, in (0, 1]; below 1 while training anneals (`steering.py`).
@@ -65,7 +69,7 @@ class TransformedReward:
         beta: float,
         *,
         procedure: InferenceProcedure | None = None,
-        mixture_weight: float = 1.0,
+        mixture_weight: float | None = None,
     ) -> None:
         if len(prompt_ids) != calibrator.num_prompts:
             raise InputError(
@@ -76,7 +80,8 @@ class TransformedReward:
         self.source = source
         self.calibrator = calibrator
         self.transform = transform
-        self.mixture_weight = check_weight(mixture_weight)
+        own_weight = transform.weight if isinstance(transform, SelfConsistentTransform) else 1.0
+        self.mixture_weight = check_weight(own_weight if mixture_weight is None else mixture_weight)
         if isinstance(transform, SelfConsistentTransform):
             transform.weight = self.mixture_weight
         self._prompt_of: dict[str, Prompt] = {}
@@ -86,6 +91,7 @@ class TransformedReward:
         self.win_rate: float | None = None
         self._checked = False  # whether the calling trainer's settings have been looked at
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+        self._levels_of_row: dict[int, NDArray[np.int64]] = {}
         self._strength = 1.0
         self.beta = beta
         self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
@@ -100,7 +106,7 @@ class TransformedReward:
         if not (np.isfinite(beta) and beta > 0):
             raise InputError(f"beta must be a positive number, not {beta}", where="TransformedReward")
         self._beta = float(beta)
-        self._tilt_of_K: dict[int, Float] = {}
+        self._forget_tilts()
 
     @property
     def strength(self) -> float:
@@ -111,7 +117,7 @@ class TransformedReward:
     def strength(self, strength: float) -> None:
         if strength != self._strength:
             self._strength = strength
-            self._tilt_of_K = {}
+            self._forget_tilts()
 
     def take_columns_from(self, prompts: Sequence[Prompt]) -> None:
         """Give the source the columns of these prompts' rows, as scoring a store does, not those of a data set."""
@@ -122,25 +128,33 @@ class TransformedReward:
         """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,), or (B, M) of several sources."""
         return self.calibrator.calibrate(rewards, prompt_index=self.rows(prompt_id))
 
-    def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
-        """Φ_K(b)/β in nats (M6), times `strength`, shape (B,), of raw `rewards`, as in `calibrate`."""
-        rows = self.rows(prompt_id)
-        rank_B, ties_B = self.calibrator.ranks_and_ties(rewards, prompt_index=rows)
-        num_ref_B = self.calibrator.num_ref_P[rows]
-        out_B = np.empty(len(rank_B))
-        for num_ref in np.unique(num_ref_B):
-            of_K = num_ref_B == num_ref
-            out_B[of_K] = tilt_at_ranks(self._tilt_table(int(num_ref)), 1.0, rank_B[of_K], ties_B[of_K])
+    def tilt(self, rewards: Float, prompt_id: Sequence[str], ranked: RankedRollouts | None = None) -> Float:
+        """Φ_K(b)/β in nats (M6, M17), times `strength`, shape (B,).
+
+        Args:
+            rewards: Raw rewards, as in `calibrate`.
+            prompt_id: The prompt of each.
+            ranked: What `rank` gave for them, where they have been compared already.
+        """
+        found = self.rank(rewards, prompt_id) if ranked is None else ranked
+        out_B = np.empty(len(found))
+        if isinstance(self.transform, SelfConsistentTransform):
+            for row in np.unique(found.prompt_B):
+                of_row = found.prompt_B == row
+                out_B[of_row] = self._tilt_table(int(row)).at(found.first_B[of_row], found.tied_B[of_row])
+            return out_B
+        for num_ref in np.unique(found.num_ref_B):
+            of_K = found.num_ref_B == num_ref
+            out_B[of_K] = tilt_at_ranks(self._tilt_by_rank(int(num_ref)), 1.0, found.rank_B[of_K], found.tied_B[of_K])
         return out_B
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
         """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6), in nats, shape (B,)."""
-        num_ref_B = self.calibrator.num_ref_P[self.rows(prompt_id)]
-        out_B = np.empty(len(num_ref_B))
-        for num_ref in np.unique(num_ref_B):
-            table = self._tilt_table(int(num_ref))
-            out_B[num_ref_B == num_ref] = mixture_log_partition(table, self.mixture_weight)
-        return out_B
+        row_B, weight = self.rows(prompt_id), self.mixture_weight
+        if isinstance(self.transform, SelfConsistentTransform):
+            return np.array([mixture_log_partition(self._tilt_table(int(row)).half_cells, weight) for row in row_B])
+        num_ref_B = self.calibrator.num_ref_P[row_B]
+        return np.array([mixture_log_partition(self._tilt_by_rank(int(k)), weight) for k in num_ref_B])
 
     def __call__(
         self,
@@ -177,8 +191,8 @@ class TransformedReward:
                 hint="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
         rewards = self.score(prompts, completions, prompt_id, **columns)
-        ranked = self._rank(rewards, prompt_id)
-        tilt_B = self.tilt(rewards, prompt_id)
+        ranked = self.rank(rewards, prompt_id)
+        tilt_B = self.tilt(rewards, prompt_id, ranked)
         # Called by a trainer, every process does this at the same time: the state is then that of all their rollouts.
         self.ranked = ranked if log_metric is None else ranked.of_all_processes()
         own = self.procedure if self.mixture_weight == 1.0 else None  # of the trained model alone
@@ -191,7 +205,7 @@ class TransformedReward:
             log_metric("tie_mass", self.ranked.tie_mass)
             if self.win_rate is not None:
                 log_metric("win_rate", self.win_rate)
-        self._take_in(self.ranked)  # after use: a reward must not depend on its own noise
+        self.follow(self.ranked)  # after use: a reward must not depend on its own noise
         return tilt_B.tolist()
 
     def score(
@@ -219,32 +233,29 @@ class TransformedReward:
             )
         return rewards
 
-    def follow(self, rewards: Float, prompt_id: Sequence[str]) -> None:
-        """Let a self-consistent transform take in the policy's raw `rewards`, shape as in `tilt`; others stay."""
-        if isinstance(self.transform, SelfConsistentTransform):
-            self._take_in(self._rank(rewards, prompt_id))
+    def rank(self, rewards: Float, prompt_id: Sequence[str]) -> RankedRollouts:
+        """Compare raw `rewards`, as in `calibrate`, with their prompts' references: once, ties by lot included."""
+        rows = self.rows(prompt_id)
+        below_B, equal_B = self.calibrator.compare(rewards, prompt_index=rows)
+        rank_B, tied_B = self.calibrator.resolve(below_B, equal_B)
+        return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B, tied_B)
 
-    def _take_in(self, ranked: RankedRollouts) -> None:
+    def follow(self, ranked: RankedRollouts) -> None:
+        """Let a self-consistent transform take in rollouts of the policy; other transforms stay as they are."""
         if isinstance(self.transform, SelfConsistentTransform):
-            self.transform.update(ranked.rank_B, ranked.num_ref_B)
-            self._tilt_of_K = {}
+            self.transform.update(ranked)
+            self._forget_tilts()
 
     def state(self) -> dict[str, Any]:
         """What changes during training, JSON-able."""
-        cdf = self.transform.cdf.tolist() if isinstance(self.transform, SelfConsistentTransform) else None
-        return {"beta": self.beta, "cdf": cdf}
+        following = self.transform.state() if isinstance(self.transform, SelfConsistentTransform) else None
+        return {"beta": self.beta, "transform": following}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.beta = state["beta"]
         if isinstance(self.transform, SelfConsistentTransform):
-            self.transform.cdf = np.array(state["cdf"])
-
-    def _rank(self, rewards: Float, prompt_id: Sequence[str]) -> RankedRollouts:
-        rows = self.rows(prompt_id)
-        below_B, equal_B = self.calibrator.compare(rewards, prompt_index=rows)
-        rank_B = self.calibrator.ranks(rewards, prompt_index=rows)
-        return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B)
+            self.transform.load_state(state.get("transform") or {})
+        self.beta = state["beta"]
 
     def rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
         """Which of the calibrator's rows belong to these prompts, shape (B,).
@@ -261,7 +272,23 @@ class TransformedReward:
                 hint="Draw reference rollouts for every training prompt first",
             ) from None
 
-    def _tilt_table(self, num_ref: int) -> Float:
+    def _forget_tilts(self) -> None:
+        self._tilt_of_K: dict[int, Float] = {}
+        self._tilt_of_row: dict[int, RankTable] = {}
+
+    def _tilt_by_rank(self, num_ref: int) -> Float:
+        assert not isinstance(self.transform, SelfConsistentTransform), "it has a table for every prompt"
         if num_ref not in self._tilt_of_K:
             self._tilt_of_K[num_ref] = self.strength * tilt_by_rank(self.transform, self.beta, num_ref)
         return self._tilt_of_K[num_ref]
+
+    def _tilt_table(self, row: int) -> RankTable:
+        assert isinstance(self.transform, SelfConsistentTransform), "others have one table for all prompts"
+        if row not in self._tilt_of_row:
+            if row not in self._levels_of_row:
+                self._levels_of_row[row] = self.calibrator.level_counts(row)
+            # A tie rule that decides ties leaves no levels: every rank is then its own.
+            levels = self._levels_of_row[row] if self.calibrator.ties == "midrank" else None
+            reward = self.transform.reward(int(self.calibrator.num_ref_P[row]), row, levels)
+            self._tilt_of_row[row] = tilt_of_reward(reward, self.beta).times(self.strength)
+        return self._tilt_of_row[row]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.theory.finite_k import rank_conditional_tilt
-from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.training.rank_value import RankTable
 from infalign.transforms import RewardTransform
 
 Float = NDArray[np.float64]
@@ -20,7 +20,7 @@ reference, which is also how far, in total variation, the optimum moves.
 """
 
 
-def tilt_by_rank(transform: RewardTransform | SelfConsistentTransform, beta: float, num_ref: int) -> Float:
+def tilt_by_rank(transform: RewardTransform, beta: float, num_ref: int) -> Float:
     """Φ_K(b)/β in nats for b = 0..K, none more than `FLOOR` below log Z; shape (K + 1,).
 
     Args:
@@ -28,13 +28,21 @@ def tilt_by_rank(transform: RewardTransform | SelfConsistentTransform, beta: flo
         beta: KL coefficient, in units of Φ per nat.
         num_ref: K.
     """
-    if isinstance(transform, SelfConsistentTransform):
-        table = transform.tilt_by_rank(num_ref, beta)
-    else:
-        table = rank_conditional_tilt(transform, beta, num_ref) / beta
+    table = rank_conditional_tilt(transform, beta, num_ref) / beta
     return np.maximum(table, log_partition(table) - FLOOR)
 
 
 def log_partition(tilt_by_rank: Float) -> float:
     """Log Z = log of the mean of exp(Φ_K(b)/β) over the ranks (M6), in nats: under the reference all are as likely."""
     return float(np.logaddexp.reduce(tilt_by_rank) - np.log(len(tilt_by_rank)))
+
+
+def tilt_of_reward(reward: RankTable, beta: float) -> RankTable:
+    """R/β in nats of a self-consistent transform's rewards, none more than `FLOOR` below log Z.
+
+    Args:
+        reward: R of every rank (M17).
+        beta: KL coefficient, in units of R per nat.
+    """
+    tilt = reward.times(1.0 / beta)
+    return tilt.at_least(tilt.log_partition - FLOOR)
