@@ -134,7 +134,7 @@ def test_the_best_policy_inside_a_jump_is_stationary_among_policies_of_its_kl():
 
 @pytest.mark.parametrize(("procedure", "opponent"), UNLIKE, ids=names)
 def test_the_frontier_takes_in_both_ends_of_a_jump(procedure, opponent):
-    curve = frontier(procedure, 3.0, 30, opponent)
+    curve = frontier(procedure, 3.0, 60, opponent)
     assert curve.kl[0] == 0
     assert curve.kl[-1] == pytest.approx(3.0, rel=1e-9)
     assert (np.diff(curve.kl) > 0).all()

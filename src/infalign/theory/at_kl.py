@@ -88,7 +88,7 @@ def _bracket(envelope: Envelope, kl: float) -> tuple[Point, Point]:
             share = (math.sqrt(kl) - left.x) / (right.x - left.x)
             beta = left.beta * (right.beta / left.beta) ** share
             beta = min(max(beta, right.beta * (1 + 1e-12)), left.beta * (1 - 1e-12))
-        middle = envelope.at(beta, left, right, paths=math.log(left.beta / right.beta) > 0.05)
+        middle = envelope.at(beta, left, right)
         gain = (
             middle.win_rate - beta * middle.kl - max(left.win_rate - beta * left.kl, right.win_rate - beta * right.kl)
         )

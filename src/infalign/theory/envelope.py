@@ -11,8 +11,10 @@ So the limit at one KL does not depend on what else is asked.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -43,16 +45,80 @@ class Point:
         return math.sqrt(self.kl)
 
 
-class Envelope:
-    """The limit of one objective, with the optima computed so far.
+class Optimum(Protocol):
+    """The best policy at one β."""
+
+    @property
+    def kl(self) -> float:
+        """KL(π‖p) in nats."""
+        ...
+
+    @property
+    def win_rate(self) -> float:
+        """W."""
+        ...
+
+
+class Optima(Protocol):
+    """What an envelope is the envelope of."""
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the optimum is known to move smoothly with β."""
+        ...
+
+    @property
+    def smallest_beta(self) -> float:
+        """Where the ladder ends."""
+        ...
+
+    @property
+    def reference_win_rate(self) -> float:
+        """W of the reference itself."""
+        ...
+
+    @property
+    def end(self) -> tuple[float, float] | None:
+        """KL and W of the limit of small β, if there is one."""
+        ...
+
+    def solve(self, beta: float, near: Sequence[Solution] = ()) -> Optimum:
+        """The optimum at one β; `near` are optima at other β to start from."""
+        ...
+
+
+class Densities:
+    """The optima of one objective over all densities of the calibrated reward.
 
     Args:
         objective: The win rate W.
     """
 
+    smallest_beta = SMALLEST_BETA
+    end = None
+
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+        self.smooth = objective.unique
         self._search = None if objective.unique else GlobalSearch(objective)
+        self.reference_win_rate = objective.reference_win_rate
+
+    def solve(self, beta: float, near: Sequence[Solution] = ()) -> Solution:
+        """The optimum at one β."""
+        if self._search is not None:
+            return self._search.solve(beta, near)
+        return solve(self.objective, beta, min(near, key=lambda s: abs(math.log(s.beta / beta)), default=None))
+
+
+class Envelope:
+    """The limit, with the optima computed so far.
+
+    Args:
+        optima: Gives the optimum at each β.
+    """
+
+    def __init__(self, optima: Optima) -> None:
+        self.optima = optima
         self._found: dict[float, Point] = {}
         self._ladder: list[Point] = []
         self._complete = False
@@ -83,14 +149,15 @@ class Envelope:
         for _ in range(_MAX_SPLITS):
             if right.kl - left.kl <= 1e-12 or kl >= right.kl:
                 break
-            if self._search is None and self._error(left, right) < _ERROR:
+            if self.optima.smooth and self._error(left, right) < _ERROR:
                 break
             middle = self._between(left, right)
             if middle is None:
                 return left, right, True
-            if self._search is not None and _agrees(left, middle, right):
-                return (left, middle, False) if kl <= middle.kl else (middle, right, False)
+            agrees = not self.optima.smooth and _agrees(left, middle, right)
             left, right = (left, middle) if kl <= middle.kl else (middle, right)
+            if agrees and self._error(left, right) < _ERROR:
+                break
         return left, right, False
 
     def rungs(self, kl: float) -> tuple[Point, Point]:
@@ -100,35 +167,31 @@ class Envelope:
         above = next((i for i, point in enumerate(self._ladder) if point.kl >= kl and i), len(self._ladder) - 1)
         return self._ladder[above - 1], self._ladder[above]
 
-    def at(self, beta: float, *near: Point, paths: bool = True) -> Point:
+    def at(self, beta: float, *near: Point) -> Point:
         """The optimum at one β, starting from those at other β as well."""
         if beta not in self._found:
-            starts = [point.solution for point in near if point.solution is not None]
-            if self._search is None:
-                nearest = min(starts, key=lambda start: abs(math.log(start.beta / beta)), default=None)
-                solution = solve(self.objective, beta, nearest)
-            else:
-                solution = self._search.solve(beta, starts, paths=paths)
-            slope = 2.0 * math.sqrt(solution.kl) * beta
-            self._found[beta] = Point(solution.kl, solution.win_rate, beta, slope, solution)
+            optimum = self.optima.solve(beta, [point.solution for point in near if point.solution is not None])
+            solution = optimum if isinstance(optimum, Solution) else None
+            slope = 2.0 * math.sqrt(optimum.kl) * beta
+            self._found[beta] = Point(optimum.kl, optimum.win_rate, beta, slope, solution)
         return self._found[beta]
 
     def _climb(self) -> None:
         """One more rung: the reference, a β at which the policy is nearly it, then half the β each time."""
         if not self._ladder:
             top = self._nearly_reference()
-            reference = Point(0.0, self.objective.reference_win_rate, math.inf, top.slope)
+            reference = Point(0.0, self.optima.reference_win_rate, math.inf, top.slope)
             self._ladder = [reference, top]
             return
         last = self._ladder[-1]
         # As long as the policy hardly moves, sqrt(KL) is proportional to 1/β.
-        beta = max(last.beta * min(0.5, last.x / 0.05), SMALLEST_BETA)
+        beta = max(last.beta * min(0.5, max(last.x / 0.05, 0.1)), self.optima.smallest_beta)
         try:
             following = self.at(beta, last)
         except InputError:
             self._complete = True
             return
-        self._complete = beta <= SMALLEST_BETA
+        self._complete = beta <= self.optima.smallest_beta
         # A rung that the next one's density beats at its own β was not the optimum there.
         while len(self._ladder) > 2 and _better(following, self._ladder[-1]):
             stale = self._ladder.pop()
@@ -138,6 +201,10 @@ class Envelope:
                 self._ladder.pop()
         if following.kl > self._ladder[-1].kl:
             self._ladder.append(following)
+        elif not self._complete:  # the optimum no longer moves: go on with half of this β
+            self._ladder[-1] = replace(self._ladder[-1], beta=min(self._ladder[-1].beta, beta))
+        if self._complete and self.optima.end is not None and self.optima.end[0] > self._ladder[-1].kl:
+            self._ladder.append(Point(*self.optima.end, beta=0.0, slope=0.0))
 
     def _nearly_reference(self) -> Point:
         beta = 4.0
@@ -152,7 +219,7 @@ class Envelope:
         """The optimum at a β between; None if the chord is the envelope."""
         chord = (right.win_rate - left.win_rate) / (right.kl - left.kl)
         inside = right.beta < chord < left.beta
-        if self._search is None:
+        if self.optima.smooth:
             beta = math.sqrt(left.beta * right.beta) if math.isfinite(left.beta) else 4.0 * right.beta
             return self.at(beta, left, right)
         if not inside:
@@ -164,6 +231,8 @@ class Envelope:
 
     def _error(self, left: Point, right: Point) -> float:
         """How far two interpolations of fourth order, W in sqrt(KL) and J in log β, are apart."""
+        if right.beta == 0.0:
+            return 0.0
         if not math.isfinite(left.beta):
             return 0.0 if right.kl <= 2.0 * _TOP_KL else math.inf
         width = math.log(right.beta / left.beta)
@@ -187,7 +256,7 @@ class Envelope:
 @lru_cache(maxsize=8)
 def envelope_of(objective: Objective) -> Envelope:
     """The envelope of an objective, kept with what was computed of it."""
-    return Envelope(objective)
+    return Envelope(Densities(objective))
 
 
 def _better(one: Point, other: Point) -> bool:

@@ -99,7 +99,7 @@ def _along_envelope(envelope: Envelope, furthest: float, num_points: int) -> Fro
     kls = sorted(points)
     return Frontier(
         kl=np.array([0.0, *kls]),
-        win_rate=np.array([envelope.objective.reference_win_rate, *(points[kl][0] for kl in kls)]),
+        win_rate=np.array([envelope.optima.reference_win_rate, *(points[kl][0] for kl in kls)]),
         beta=np.array([math.inf, *(points[kl][1] for kl in kls)]),
     )
 

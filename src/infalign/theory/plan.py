@@ -19,9 +19,10 @@ from infalign.procedures import InferenceProcedure, Standard, check_is_procedure
 from infalign.theory.alternatives import named_tilts
 from infalign.theory.at_kl import solution_at_kl
 from infalign.theory.beta_for_kl import checked_kl
-from infalign.theory.envelope import envelope_of
+from infalign.theory.envelope import Envelope, envelope_of
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
 from infalign.theory.frontier import Frontier, checked_kls, frontier
+from infalign.theory.levels import LevelOptima
 from infalign.theory.optimal import OptimalTransform, optimal_transform
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
@@ -210,7 +211,13 @@ def optimum_at_kl(
     return OptimalTransform(procedure, opponent, solution.beta, solution)
 
 
-def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: InferenceProcedure | None = None) -> Array:
+def limit(
+    procedure: InferenceProcedure,
+    kls: npt.ArrayLike,
+    opponent: InferenceProcedure | None = None,
+    *,
+    levels: npt.ArrayLike | None = None,
+) -> Array:
     """The theoretical limit: the best win rate at each KL (section 5).
 
     It is the concave envelope, the least of max J(β) + β KL over β (M18): no policy that depends on a response through
@@ -221,6 +228,9 @@ def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: Inference
         procedure: What is done with the policy.
         kls: KLs in nats, at least 0, any shape.
         opponent: What is done with the reference; the same procedure if None.
+        levels: For a reward with ties: what the reference puts on each reward level, from the lowest to the highest.
+            (L,) masses, or (P, L) with a row for each prompt; the limit is then that of the mean win rate at a mean KL.
+            `infalign.theory.levels.level_masses` makes them from rewards. No ties if None.
 
     Returns:
         Win rates, same shape, to about 1e-6, each by itself: what else is asked makes no difference. Beyond the largest
@@ -229,10 +239,11 @@ def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: Inference
         won all but 2e-9 there.)
 
     Raises:
-        InputError: If a KL is negative or not finite.
+        InputError: If a KL is negative or not finite, or the levels are not masses.
     """
     wanted = checked_kls(kls, "limit")
-    envelope = envelope_of(Objective.of(procedure, opponent))
+    objective = Objective.of(procedure, opponent)
+    envelope = envelope_of(objective) if levels is None else Envelope(LevelOptima(objective, levels))
     return np.array([envelope.win_rate(float(kl)) for kl in wanted.ravel()]).reshape(wanted.shape)
 
 

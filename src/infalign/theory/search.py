@@ -25,6 +25,10 @@ Array = npt.NDArray[np.float64]
 _FINE_T = np.linspace(-T_END, T_END, 4001)
 _QUANTILES = 40
 _WORSE = 1e-9
+_ALIKE = 0.05
+"""Starts whose F differ by less, and solutions for nearby β, are of one basin."""
+
+_ON_PATH = 0.01
 _ASCENT_ROUNDS = (10, 40, 160)
 
 
@@ -80,28 +84,38 @@ class GlobalSearch:
             path[cell] = choice[cell, path[cell + 1]]
         return self._t, self._q[path]
 
-    def solve(self, beta: float, near: Sequence[Solution] = (), *, paths: bool = True) -> Solution:
+    def solve(self, beta: float, near: Sequence[Solution] = ()) -> Solution:
         """The best stationary density of J at one β.
 
         Args:
             beta: KL coefficient.
             near: Solutions for other β to start from as well.
-            paths: Whether to search the grid too; False where `near` is known to hold the right basin.
 
         Raises:
             InputError: If no solution is found.
         """
-        found = [solution for start in near if (solution := refine(self.objective, beta, start)) is not None]
-        if paths:
-            found += self._from_path(beta, found)
+        found: list[Solution] = []
+        for start in self._unlike(near, beta):
+            solution = refine(self.objective, beta, start)
+            found += [] if solution is None else [solution]
+        found += self._from_path(beta, found)
         if not found:
             return solve(self.objective, beta)
         return max(found, key=lambda solution: solution.value)
 
+    def _unlike(self, near: Sequence[Solution], beta: float) -> list[Solution]:
+        """One start of each kind, the nearest in β."""
+        kept: list[Solution] = []
+        for start in sorted(near, key=lambda start: abs(np.log(start.beta / beta))):
+            at_edges = start.cdf_at(self._t)
+            if all(np.abs(other.cdf_at(self._t) - at_edges).max() > _ALIKE for other in kept):
+                kept.append(start)
+        return kept
+
     def _from_path(self, beta: float, found: Sequence[Solution]) -> list[Solution]:
         """What Newton's method finds from the path and from the reference; from the path's basin if it left it."""
         edges, cdf = self.path(beta)
-        if any(np.abs(solution.cdf_at(edges) - cdf).max() < 0.01 for solution in found):
+        if any(np.abs(solution.cdf_at(edges) - cdf).max() < _ON_PATH for solution in found):
             return []
         mesh = Mesh.from_edges(edges)
         density = np.repeat((np.diff(cdf) / np.exp(self._log_widths))[:, None], mesh.t.shape[1], axis=1)

@@ -131,7 +131,11 @@ def refine(objective: Objective, beta: float, start: Solution | tuple[Array, Arr
     if isinstance(start, Solution):
         return _solve_from(objective, beta, start.mesh, _cdf_function(start.mesh, start.density))
     edges, cdf = start
-    return _solve_from(objective, beta, _first_mesh(objective), lambda mesh: np.interp(mesh.t, edges, cdf))
+    for mesh in (_first_mesh(objective), Mesh.from_edges(edges)):
+        found = _solve_from(objective, beta, mesh, lambda mesh: np.interp(mesh.t, edges, cdf))
+        if found is not None:
+            return found
+    return None
 
 
 def _against_one_sample(objective: Objective, beta: float) -> tuple[Mesh, Callable[[Mesh], Array]]:
