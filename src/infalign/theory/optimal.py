@@ -9,17 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, Standard, WorstOfN
+from infalign.procedures import InferenceProcedure, Standard
 from infalign.quadrature import Antiderivative, Mesh, expit, logit
-from infalign.theory.solver import Solution, solve
+from infalign.theory.search import GlobalSearch
+from infalign.theory.solver import SMALLEST_BETA, Solution, solve
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
 from infalign.transforms import Identity, RewardTransform, Tabulated, positive_beta
 
 Array = npt.NDArray[np.float64]
-
-SMALLEST_BETA = 1e-7
-"""Below it, rounding of R spoils R/β."""
 
 _TABLE_T = 36.0
 """The table's points lie at least expit(-36) = 2e-16 from both ends: closer points are not float64 numbers below 1."""
@@ -70,11 +68,7 @@ class OptimalTransform:
     @property
     def unique(self) -> bool:
         """Whether it is proved that no other density is stationary (docs/theory.md has the proofs)."""
-        objective = self.solution.objective
-        scaling = len(objective.terms) == 1 and all(
-            isinstance(side, WorstOfN | Standard) for _, *sides in objective.terms for side in sides
-        )
-        return scaling or objective.concave or objective.against_one_sample
+        return self.solution.objective.unique
 
     @cached_property
     def transform(self) -> RewardTransform:
@@ -115,6 +109,9 @@ def optimal_transform(
 ) -> OptimalTransform:
     """Solve M9: the transform whose KL-regularised optimum maximises W - β KL for a procedure.
 
+    Where several densities may be stationary (`OptimalTransform.unique` is False) the best is looked for among all
+    paths on a grid (M18).
+
     Args:
         procedure: What is done with the aligned policy.
         beta: KL coefficient, in units of win rate per nat.
@@ -131,7 +128,9 @@ def optimal_transform(
         raise InputError(
             f"beta = {beta:g} is too small to be resolved", where="beta", hint=f"Use {SMALLEST_BETA:g} or more"
         )
-    return OptimalTransform(procedure, opponent, beta, solve(Objective.of(procedure, opponent), beta))
+    objective = Objective.of(procedure, opponent)
+    solution = solve(objective, beta) if objective.unique else GlobalSearch(objective).solve(beta)
+    return OptimalTransform(procedure, opponent, beta, solution)
 
 
 def _tabulate(solution: Solution, name: str) -> Tabulated:

@@ -15,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, Standard, check_is_procedure, whole_number
-from infalign.theory.alternatives import beta_for_kl, named_tilts
+from infalign.procedures import InferenceProcedure, Standard, check_is_procedure
+from infalign.theory.alternatives import named_tilts
+from infalign.theory.at_kl import solution_at_kl
+from infalign.theory.beta_for_kl import checked_kl
+from infalign.theory.envelope import Envelope, envelope_of
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
-from infalign.theory.optimal import SMALLEST_BETA, OptimalTransform, optimal_transform
-from infalign.theory.solver import Solution, solve
+from infalign.theory.frontier import Frontier, checked_kls, frontier
+from infalign.theory.levels import LevelOptima
+from infalign.theory.optimal import OptimalTransform, optimal_transform
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
-from infalign.transforms import RewardTransform, positive_number
+from infalign.transforms import RewardTransform
 
 Array = npt.NDArray[np.float64]
 
@@ -70,47 +74,6 @@ class Option:
 
 
 @dataclass(frozen=True, eq=False)
-class Frontier:
-    """The best win rate at each KL, along the path of optimal transforms.
-
-    Attributes:
-        kl: Shape (m,), increasing, in nats.
-        win_rate: Shape (m,): no policy that sees y through C alone does better.
-        beta: Shape (m,): the slope of the curve, dW/dKL = β.
-    """
-
-    kl: Array
-    win_rate: Array
-    beta: Array
-
-    def at(self, kls: npt.ArrayLike) -> Array:
-        """The win rate at other KLs: Hermite interpolation in sqrt(KL), whose slopes are exact.
-
-        Args:
-            kls: KLs in nats from 0 to the curve's end, any shape.
-
-        Raises:
-            InputError: If a KL is negative, not finite or beyond the curve.
-        """
-        wanted = _kls(kls, "Frontier.at")
-        if wanted.size and wanted.max() > self.kl[-1] * (1 + 1e-9):
-            raise InputError(
-                f"a KL of {wanted.max():g} nats is beyond the curve",
-                where="Frontier.at",
-                hint=f"Ask for KLs between 0 and {self.kl[-1]:.4g}",
-            )
-        from scipy import interpolate  # pyright: ignore[reportMissingTypeStubs]
-
-        scipy_interpolate: Any = interpolate
-        # W - W(0) grows like sqrt(KL), so in x = sqrt(KL) the curve is smooth down to 0, with dW/dx = 2 x β. At 0 that
-        # is the limit for large β, which the first point, very near the reference, already shows.
-        x = np.sqrt(self.kl)
-        slopes = 2.0 * x[1:] * self.beta[1:]
-        curve: Any = scipy_interpolate.CubicHermiteSpline(x, self.win_rate, np.insert(slopes, 0, slopes[0]))
-        return np.asarray(curve(np.minimum(np.sqrt(wanted), x[-1])), dtype=np.float64)
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
     """The recommendation of `plan`.
 
@@ -121,6 +84,7 @@ class Plan:
         alternatives: The named transforms at the same KL.
         finite_k: What is left when calibration uses K reference rollouts per prompt, for every K asked for.
         left_out: Named transforms that cannot spend this KL, with the reason.
+        limit: The limit at this KL. It lies above `best` where the optimum jumps over this KL as β falls (M18).
     """
 
     procedure: InferenceProcedure
@@ -129,6 +93,7 @@ class Plan:
     alternatives: tuple[Option, ...]
     finite_k: tuple[FiniteKPrediction, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    limit: float = math.nan
 
     @cached_property
     def frontier(self) -> Frontier:
@@ -144,6 +109,7 @@ class Plan:
             "kl": self.best.kl,
             "win_rate": self.best.win_rate,
             "standard_win_rate": self.best.standard_win_rate,
+            "limit": self.limit,
             "best": self.best.to_dict(with_transform=with_transforms),
             "alternatives": [option.to_dict(with_transform=with_transforms) for option in self.alternatives],
             "frontier": {
@@ -195,108 +161,90 @@ def plan(
     others = (others,) if isinstance(others, InferenceProcedure) else tuple(others)
     for other in others:
         check_is_procedure(other, "others")
+    Objective.of(procedure, opponent)
     if beta is not None:
         optimum = optimal_transform(procedure, beta, opponent)
+        tilts, left_out = named_tilts(procedure, optimum.kl, opponent)
     else:
-        optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
-    best = _option(optimum.tilt, "optimal", procedure, opponent, others, "the limit (M9)", known=optimum)
-    tilts, left_out = named_tilts(procedure, optimum.kl, opponent)
+        kl = checked_kl(cast(float, kl_budget))
+        tilts, left_out = named_tilts(procedure, kl, opponent)
+        optimum = optimum_at_kl(procedure, kl, opponent, [tilt.transform for tilt, *_ in tilts])
+    highest, note = _limit_of(optimum)
+    best = _option(optimum.tilt, "optimal", procedure, opponent, others, note, known=optimum)
     alternatives = [_option(tilt, label, procedure, opponent, others, note) for tilt, label, note in tilts]
     finite_k = tuple(finite_k_prediction(optimum, count, seed=seed) for count in counts)
-    return Plan(procedure, opponent, best, tuple(alternatives), finite_k, left_out)
+    return Plan(procedure, opponent, best, tuple(alternatives), finite_k, left_out, highest)
+
+
+def _limit_of(optimum: OptimalTransform) -> tuple[float, str]:
+    """The limit at an optimum's KL, and what the optimum is in words."""
+    if optimum.unique:
+        return optimum.win_rate, "the limit (M9)"
+    highest = max(envelope_of(optimum.solution.objective).win_rate(optimum.kl), optimum.win_rate)
+    if highest - optimum.win_rate < 2e-6:
+        return highest, "the limit (M9)"
+    return highest, f"the best found at this KL; the limit is {highest:.4f} (M18)"
 
 
 def optimum_at_kl(
-    procedure: InferenceProcedure, kl: float, opponent: InferenceProcedure | None = None
+    procedure: InferenceProcedure,
+    kl: float,
+    opponent: InferenceProcedure | None = None,
+    transforms: Sequence[RewardTransform] = (),
 ) -> OptimalTransform:
     """The optimal transform that spends a given KL, to 1e-9 relative or better.
+
+    Where the optimum jumps over this KL as β falls (M18), it is the best transform found for policies of this KL: it is
+    not the optimum of W - β KL for any β, and the limit lies above it.
+
+    Args:
+        procedure: What is done with the policy.
+        kl: In nats.
+        opponent: What is done with the reference; the same procedure if None.
+        transforms: Further shapes to start from in that case.
 
     Raises:
         InputError: If the KL is out of reach; the message names the reachable range.
     """
     objective = Objective.of(procedure, opponent)
-    found: dict[float, Solution] = {}
-
-    def kl_of(beta: float) -> float:
-        nearest = min(found, key=lambda other: abs(math.log(other / beta)), default=None)
-        near = nearest is not None and abs(math.log(nearest / beta)) < math.log(3.0)
-        found[beta] = solve(objective, beta, found[nearest] if near and nearest is not None else None)
-        return found[beta].kl
-
-    beta = beta_for_kl(kl_of, kl, SMALLEST_BETA, f"the optimal transform of {procedure.label}")
-    return OptimalTransform(procedure, opponent, beta, found[beta])
+    solution = solution_at_kl(objective, kl, f"the optimal transform of {procedure.label}", transforms)
+    return OptimalTransform(procedure, opponent, solution.beta, solution)
 
 
-def frontier(
+def limit(
     procedure: InferenceProcedure,
-    max_kl: float = 4.0,
-    num_points: int = 50,
+    kls: npt.ArrayLike,
     opponent: InferenceProcedure | None = None,
-) -> Frontier:
-    """The best win rate at each KL, from 0 to `max_kl` or as far as the solver goes.
-
-    Args:
-        procedure: What is done with the policy.
-        max_kl: Largest KL wanted, in nats.
-        num_points: About how many points on the curve, the one at KL 0 included; about evenly spaced in sqrt(KL).
-        opponent: What is done with the reference; the same procedure if None.
-
-    Raises:
-        InputError: If max_kl is not a positive number, or num_points not a whole number of at least 2.
-    """
-    objective = Objective.of(procedure, opponent)
-    furthest = math.sqrt(positive_number(max_kl, "max_kl", "Give nats above 0"))
-    if whole_number(num_points, "num_points", "frontier") < 2:
-        raise InputError("a curve needs at least 2 points", where="frontier")
-    spacing = furthest / (num_points - 1)
-    start = _near_reference(objective)
-    reference_loss = objective.loss_density(start.mesh.u, objective.opponent_densities(start.mesh.u))
-    points = [start]
-    # Near KL = 0, sqrt(KL) = c/β; from there on the step in log β follows the slope of sqrt(KL) seen last.
-    log_step = math.log(math.sqrt(start.kl) / spacing)
-    for _ in range(4 * num_points):
-        beta = max(points[-1].beta * math.exp(log_step), SMALLEST_BETA)
-        try:
-            points.append(solve(objective, beta, points[-1]))
-        except InputError:
-            break
-        x, before = math.sqrt(points[-1].kl), math.sqrt(points[-2].kl)
-        if x >= furthest * (1 - 1e-12) or beta <= SMALLEST_BETA:
-            break
-        slope = (x - before) / log_step if len(points) > 2 else -x
-        log_step = max(min(spacing, furthest + 1e-9 - x) / min(slope, -1e-9), -2.5)
-    return Frontier(
-        kl=np.array([0.0, *(point.kl for point in points)]),
-        win_rate=np.array([1.0 - start.mesh.integral(reference_loss), *(point.win_rate for point in points)]),
-        beta=np.array([math.inf, *(point.beta for point in points)]),
-    )
-
-
-def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: InferenceProcedure | None = None) -> Array:
+    *,
+    levels: npt.ArrayLike | None = None,
+) -> Array:
     """The theoretical limit: the best win rate at each KL (section 5).
+
+    It is the concave envelope, the least of max J(β) + β KL over β (M18): no policy that depends on a response through
+    its calibrated reward alone lies above it. Where the optimum jumps as β falls, no single policy reaches it inside
+    the jump; one end of the jump on some prompts and the other end on the rest does.
 
     Args:
         procedure: What is done with the policy.
         kls: KLs in nats, at least 0, any shape.
         opponent: What is done with the reference; the same procedure if None.
+        levels: For a reward with ties: what the reference puts on each reward level, from the lowest to the highest.
+            (L,) masses, or (P, L) with a row for each prompt; the limit is then that of the mean win rate at a mean KL.
+            `infalign.theory.levels.level_masses` makes them from rewards. No ties if None.
 
     Returns:
-        Win rates, same shape, to about 1e-6. Beyond the largest KL that is numerically reachable (β = 1e-7) the win
-        rate at that KL is returned: too small, but by less than 1e-7 for every nat beyond it, because the curve is
-        concave with slope β. (Worst-of-64 reaches 0.30 nats and has won all but 2e-9 there.)
+        Win rates, same shape, to about 1e-6, each by itself: what else is asked makes no difference. Beyond the largest
+        KL that is numerically reachable (β = 1e-7) the win rate at that KL is returned: too small, but by less than
+        1e-7 for every nat beyond it, because the curve is concave with slope β. (Worst-of-64 reaches 0.30 nats and has
+        won all but 2e-9 there.)
 
     Raises:
-        InputError: If a KL is negative or not finite.
+        InputError: If a KL is negative or not finite, or the levels are not masses.
     """
-    wanted = _kls(kls, "limit")
-    curve = frontier(procedure, max(float(wanted.max(initial=0.0)), 1e-6), 40, opponent)
-    return curve.at(np.minimum(wanted, curve.kl[-1]))
-
-
-def _near_reference(objective: Objective) -> Solution:
-    """The optimum at a β far above the range of R, where the policy is nearly the reference."""
-    mild = solve(objective, 1.0)
-    return solve(objective, 1e4 * max(1.0, float(mild.mesh.integral(mild.reward_slope))))
+    wanted = checked_kls(kls, "limit")
+    objective = Objective.of(procedure, opponent)
+    envelope = envelope_of(objective) if levels is None else Envelope(LevelOptima(objective, levels))
+    return np.array([envelope.win_rate(float(kl)) for kl in wanted.ravel()]).reshape(wanted.shape)
 
 
 def _option(
@@ -319,14 +267,3 @@ def _option(
         other_win_rates={other.label: tilt.win_rate(other) for other in others},
         note=note,
     )
-
-
-def _kls(values: npt.ArrayLike, where: str) -> Array:
-    """KLs as float64, refused unless every one is finite and at least 0."""
-    try:
-        kls = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"not an array of real numbers ({error})", where=where, hint="Give nats") from error
-    if kls.size and not (np.isfinite(kls).all() and kls.min() >= 0):
-        raise InputError("a KL is negative or not finite", where=where, hint="Give nats, at least 0")
-    return kls

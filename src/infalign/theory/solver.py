@@ -25,6 +25,9 @@ from infalign.theory.winrate import Objective
 
 Array = npt.NDArray[np.float64]
 
+SMALLEST_BETA = 1e-7
+"""Below it, rounding of R spoils R/β."""
+
 _CDF_TOLERANCE = 1e-12
 """Largest discretisation error of F per element, where rounding allows it."""
 
@@ -62,6 +65,15 @@ class Solution:
     log_partition: float
     kl: float
     win_rate: float
+
+    @property
+    def value(self) -> float:
+        """J = W - β KL."""
+        return self.win_rate - self.beta * self.kl
+
+    def cdf_at(self, t: Array) -> Array:
+        """F at points given in the logit coordinate."""
+        return np.clip(Antiderivative(self.mesh, self.density)(t), 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +118,24 @@ def solve(objective: Objective, beta: float, start: Solution | None = None) -> S
             hint="Use a larger beta; a procedure whose density h jumps or has no bound must be smoothed first",
         )
     return followed
+
+
+def refine(objective: Objective, beta: float, start: Solution | tuple[Array, Array]) -> Solution | None:
+    """The stationary density that Newton's method finds from a start; None if it does not converge.
+
+    Args:
+        objective: The win rate W.
+        beta: KL coefficient, positive.
+        start: A solution for another β, or F as edges in the logit coordinate and its values there.
+    """
+    if isinstance(start, Solution):
+        return _solve_from(objective, beta, start.mesh, _cdf_function(start.mesh, start.density))
+    edges, cdf = start
+    for mesh in (_first_mesh(objective), Mesh.from_edges(edges)):
+        found = _solve_from(objective, beta, mesh, lambda mesh: np.interp(mesh.t, edges, cdf))
+        if found is not None:
+            return found
+    return None
 
 
 def _against_one_sample(objective: Objective, beta: float) -> tuple[Mesh, Callable[[Mesh], Array]]:

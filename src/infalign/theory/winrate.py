@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, check_is_procedure, check_procedure
+from infalign.procedures import InferenceProcedure, Standard, WorstOfN, check_is_procedure, check_procedure
+from infalign.quadrature import adapt, mesh_with_knots
 
 Array = npt.NDArray[np.float64]
 
@@ -96,3 +97,21 @@ class Objective:
         """Whether W is known to be concave in the policy: every term's h increases, so the optimum is unique."""
         grid = np.linspace(0.0, 1.0, 513)
         return all(bool((np.diff(part.density(grid)) >= -1e-9).all()) for _, part, _ in self.terms)
+
+    @property
+    def unique(self) -> bool:
+        """Whether it is proved that only one density is stationary (docs/theory.md has the proofs)."""
+        scaling = len(self.terms) == 1 and all(
+            isinstance(side, WorstOfN | Standard) for _, *sides in self.terms for side in sides
+        )
+        return scaling or self.concave or self.against_one_sample
+
+    @property
+    def reference_win_rate(self) -> float:
+        """W of the reference itself: one half, unless the opponent is another procedure."""
+        return (
+            1.0
+            - adapt(lambda mesh: self.loss_density(mesh.u, self.opponent_densities(mesh.u)), mesh_with_knots(), 1e-13)[
+                1
+            ]
+        )
