@@ -13,14 +13,14 @@ from infalign.reshape import Reshaping, ReshapingData
 
 Float = NDArray[np.float64]
 
-_S = np.linspace(-8.0, 8.0, 1201)
+_S = np.linspace(-8.0, 8.0, 241)
 _P = np.exp(-0.5 * _S**2) / np.exp(-0.5 * _S**2).sum()
-_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 1201)), [1.0]])
+_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 241)), [1.0]])
 
 
 @dataclass
 class Channel:
-    """P prompts; the aligned model shifts s by `shift_P` (KL shift²/2), the reward follows s with correlation `rho_P`."""
+    """P prompts; the aligned model shifts s by `shift_P` (KL shift²/2), the reward has correlation `rho_P` with s."""
 
     shift_P: Float  # noqa: N815
     rho_P: Float  # noqa: N815

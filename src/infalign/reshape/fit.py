@@ -22,6 +22,8 @@ from infalign.theory.winrate import Objective
 Float = NDArray[np.float64]
 
 _BUDGET_ROUNDS = 3
+_DEEPEST = 30.0
+"""Nats below its largest value at which log g ends. What lies deeper is never drawn, and its value is not known."""
 _BUDGET_TOLERANCE = 0.005
 """How near, as a share of the budget, the cross-fitted KL must come to it."""
 
@@ -43,8 +45,8 @@ def fit_reshaping(
     `fit_reshaping_to` takes raw rewards, lengths and more; this is its short form for arrays.
 
     Args:
-        log_ratios_PK: log q(y|x) − log p(y|x) in nats of K rollouts of the reference p for each prompt;
-            q is the aligned model, responses are whole. (P, K), or one array for each prompt; (P, K, M) for a mixture with M aligned models.
+        log_ratios_PK: log q(y|x) − log p(y|x) in nats of K rollouts of the reference p for each prompt, whole
+            responses; q is the aligned model. (P, K), or one array for each prompt; (P, K, M) for M models.
         ranks_PK: Their calibrated ranks in [0, 1] among the prompt's other references.
         procedure: What is done with the policy's samples.
         kl_budget: Highest KL to the reference in nats, of whole responses, on new prompts. Give this or `beta`.
@@ -216,7 +218,8 @@ class _Fitter:
     def reshaping(self, found: Optimum) -> Reshaping:
         if self._kind == "mixture":
             return Reshaping.mixture(*np.exp(Components.log_weights(found.theta)[1:]))
-        return Reshaping.table(self._knots, np.concatenate([[0.0], np.cumsum(found.theta)]))
+        log_values = np.concatenate([[0.0], np.cumsum(found.theta)])
+        return Reshaping.table(self._knots, np.maximum(log_values - log_values[-1], -_DEEPEST))
 
 
 def _best(problem: Problem, kl_budget: float | None, beta: float | None, starts: Sequence[Float] | None) -> Optimum:

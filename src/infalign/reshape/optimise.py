@@ -81,17 +81,22 @@ class Problem:
             jac=True,
             method="L-BFGS-B",
             bounds=optimize.Bounds(lower, top),
-            options={"maxiter": steps, "maxcor": 30, "ftol": 1e-11, "gtol": 1e-8},
+            options={"maxiter": steps, "maxcor": 30, "ftol": 1e-9, "gtol": 1e-8},
         )
         return np.asarray(found.x, dtype=np.float64)
 
 
 def best_at_beta(problem: Problem, beta: float, starts: Sequence[Float] | None = None) -> Optimum:
     """The highest J = W − β KL from several starts."""
-    tried: list[Optimum] = []
-    for start in problem.family.starts if starts is None else starts:
-        tried += [problem.optimum(start, beta), problem.optimum(problem.climb(start, beta), beta)]
-    return max(tried, key=lambda found: found.objective(beta))
+    given = problem.family.starts if starts is None else starts
+    if len(given) == 1:
+        ends = [problem.optimum(theta, beta) for theta in (given[0], problem.climb(given[0], beta, steps=500))]
+        return max(ends, key=lambda found: found.objective(beta))
+    tried = [problem.optimum(start, beta) for start in given]
+    tried += [problem.optimum(problem.climb(start, beta, steps=30), beta) for start in given]
+    tried.sort(key=lambda found: -found.objective(beta))
+    best = [problem.optimum(problem.climb(found.theta, beta, steps=500), beta) for found in tried[:2]]
+    return max([tried[0], *best], key=lambda found: found.objective(beta))
 
 
 def best_at_kl(problem: Problem, budget: float, starts: Sequence[Float] | None = None) -> Optimum:

@@ -113,12 +113,12 @@ class Reshaping:
     Make one with `mixture`, `table` or `fit_reshaping`. Between its knots log g is linear, outside them constant.
 
     Attributes:
-        kind: "mixture": g = 1 − Σ ε_m + Σ ε_m e^{ℓ_m}, with Z = 1 exactly; "reshaped": any increasing g of one log-ratio.
-        weights: Weights ε_m of the aligned models: of the policy for a mixture, of the proposal for rejection otherwise.
+        kind: "mixture": g = 1 − Σ ε_m + Σ ε_m e^{ℓ_m}, Z = 1 exactly; "reshaped": any increasing g of one log-ratio.
+        weights: Weights ε_m of the aligned models: the policy's for a mixture, the proposal's for rejection otherwise.
         knots: Log-ratios at which log g is given, ascending; empty for a mixture.
         log_values: log g there, unnormalised.
-        log_bound: Largest value over all ℓ of log g − log(1 − ε + ε e^ℓ); 0 for a mixture. A proposal from the mixture is
-            accepted with probability exp(log g(ℓ) − log(1 − ε + ε e^ℓ) − log_bound).
+        log_bound: Largest value over all ℓ of log g − log(1 − ε + ε e^ℓ); 0 for a mixture. A proposal from the mixture
+            is accepted with probability exp(log g(ℓ) − log(1 − ε + ε e^ℓ) − log_bound).
         procedure: Label of the procedure it was fitted for; None if it was not fitted.
         beta: Price of KL at the fit, in win rate per nat; None if it was not fitted.
         predictions: What it is predicted to do; None if it was not fitted.
@@ -292,8 +292,8 @@ def log_mixture(weights: tuple[float, ...], log_ratios: Float) -> Float:
 def log_bound(knots: Float, log_values: Float, weight: float) -> float:
     """The largest log g(ℓ) − log(1 − ε + ε e^ℓ) over all real ℓ, exactly.
 
-    On each piece log g is linear and the other term convex, so the largest value is at a knot, at −∞, or where the slopes
-    agree: s = ε e^ℓ / (1 − ε + ε e^ℓ).
+    On each piece log g is linear and the other term convex, so the largest value is at a knot, at −∞, or where the
+    slopes agree: s = ε e^ℓ / (1 − ε + ε e^ℓ).
     """
     if weight >= 1:
         return np.inf
