@@ -368,6 +368,6 @@ def test_bad_input_is_refused(ratios: list, ranks: list, message: str) -> None:
 def test_goal_is_one_of_budget_and_beta() -> None:
     for wrong in ({}, {"kl_budget": 0.5, "beta": 0.1}, {"beta": -1.0}, {"kl_budget": np.nan}):
         with pytest.raises(InputError):
-            Goal(BestOfN(2), **wrong)
+            Goal(BestOfN(2), None, wrong.get("kl_budget"), wrong.get("beta"))
     with pytest.raises(InputError, match="unknown kind"):
         fit_reshaping([[0.0, 1.0]], [[0.0, 1.0]], BestOfN(2), beta=0.1, kind="other")  # pyright: ignore[reportArgumentType]

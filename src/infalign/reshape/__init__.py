@@ -9,16 +9,21 @@ from infalign.reshape.fit import Goal, best_density, fit_reshaping, fit_reshapin
 from infalign.reshape.pool import Pool
 from infalign.reshape.predict import predict_reshaping
 from infalign.reshape.reshaping import Predicted, Predictions, Reshaping
+from infalign.reshape.stratified import ExactCounts, Split, best_split, stratified_win_rate
 
 __all__ = [
+    "ExactCounts",
     "Goal",
     "Pool",
     "Predicted",
     "Predictions",
     "Reshaping",
     "ReshapingData",
+    "Split",
     "best_density",
+    "best_split",
     "fit_reshaping",
     "fit_reshaping_to",
     "predict_reshaping",
+    "stratified_win_rate",
 ]

@@ -63,7 +63,9 @@ class Problem:
         centred_PS = reward_PS - np.einsum("ps,ps->p", tilted.mass_PS, reward_PS)[:, None]
         return self.family.pull_back(theta, tilted.mass_PS * centred_PS / len(reward_PS))
 
-    def climb(self, theta: Float, beta: float, budget: float | None = None, steps: int = 200) -> Float:
+    def climb(
+        self, theta: Float, beta: float, budget: float | None = None, steps: int = 200, tolerance: float = 1e-11
+    ) -> Float:
         """L-BFGS-B on J, or on the augmented Lagrangian of KL ≤ budget with multiplier β; the value never falls."""
 
         def cost(theta: Float) -> tuple[float, Float]:
@@ -81,7 +83,7 @@ class Problem:
             jac=True,
             method="L-BFGS-B",
             bounds=optimize.Bounds(lower, top),
-            options={"maxiter": steps, "maxcor": 30, "ftol": 1e-9, "gtol": 1e-8},
+            options={"maxiter": steps, "maxcor": 30, "ftol": tolerance, "gtol": 1e-8},
         )
         return np.asarray(found.x, dtype=np.float64)
 
@@ -90,7 +92,10 @@ def best_at_beta(problem: Problem, beta: float, starts: Sequence[Float] | None =
     """The highest J = W − β KL from several starts."""
     given = problem.family.starts if starts is None else starts
     if len(given) == 1:
-        ends = [problem.optimum(theta, beta) for theta in (given[0], problem.climb(given[0], beta, steps=500))]
+        ends = [
+            problem.optimum(theta, beta)
+            for theta in (given[0], problem.climb(given[0], beta, steps=300, tolerance=1e-8))
+        ]
         return max(ends, key=lambda found: found.objective(beta))
     tried = [problem.optimum(start, beta) for start in given]
     tried += [problem.optimum(problem.climb(start, beta, steps=30), beta) for start in given]
