@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         check_procedure,
         procedure_from_dict,
     )
+    from infalign.reshape import Reshaping, ReshapingData, fit_reshaping, fit_reshaping_to, predict_reshaping
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
@@ -65,6 +66,13 @@ _HOME = {
         "WorstOfN",
         "check_procedure",
         "procedure_from_dict",
+    ),
+    "infalign.reshape": (
+        "Reshaping",
+        "ReshapingData",
+        "fit_reshaping",
+        "fit_reshaping_to",
+        "predict_reshaping",
     ),
     "infalign.theory.finite_k": ("finite_k_prediction", "rank_conditional_tilt"),
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
@@ -107,6 +115,11 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "limit",
     "rank_conditional_tilt",
     "finite_k_prediction",
+    "Reshaping",
+    "ReshapingData",
+    "fit_reshaping",
+    "fit_reshaping_to",
+    "predict_reshaping",
     "RewardCalibrator",
     "CombinedCalibrator",
     "RefinedCalibrator",
