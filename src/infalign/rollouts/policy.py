@@ -71,9 +71,7 @@ class Policy(ABC):
     def fingerprint(self) -> str:
         """Its identity: the same for the same policy wherever it lies, another for every other."""
 
-    def key(
-        self, *, max_new_tokens: int, seed: int, temperature: float = 1.0, top_p: float = 1.0
-    ) -> RolloutKey:
+    def key(self, *, max_new_tokens: int, seed: int, temperature: float = 1.0, top_p: float = 1.0) -> RolloutKey:
         """What produces its rollouts, for a store.
 
         Raises:
