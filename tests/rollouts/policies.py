@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Bounded:
     def log_density(self, log_ratios: Any) -> np.ndarray:
         return self.slope * np.clip(log_ratios, self.low, self.high)
 
-    @property
+    @cached_property
     def log_bound(self) -> float:
         # Between its corners log g − log(1 − ε + ε e^l) has no inner maximum that this grid could miss by 1e-6.
         grid = np.linspace(-60, 60, 120_001)

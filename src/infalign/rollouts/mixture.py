@@ -63,7 +63,8 @@ class MixturePolicy(Policy):
 
     def prompt_tokens(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """As `Policy.prompt_tokens`; the response must fit into every part's context."""
-        return [one.prompt_tokens(prompts, max_new_tokens) for _, one in self.parts][0]
+        tokens, *_ = [one.prompt_tokens(prompts, max_new_tokens) for _, one in self.parts]
+        return tokens
 
     def part_of(self, seed: int, stream: str, index: int) -> int:
         """Which part draws rollout (seed, stream, index): 0 for the base, 1.. for the aligned policies."""
@@ -110,7 +111,7 @@ class MixturePolicy(Policy):
         """As `Policy.logprobs`: log Σ_c w_c π_c(y), by a pass of each part."""
         used = [(weight, one) for weight, one in self.parts if weight > 0]
         logprob_CB = np.array([one.logprobs(prompt_ids_list, completion_ids_list, batch_size) for _, one in used])
-        return logsumexp(np.log([weight for weight, _ in used])[:, None] + logprob_CB, axis=0)
+        return np.asarray(logsumexp(np.log([weight for weight, _ in used])[:, None] + logprob_CB, axis=0))
 
 
 def log_mixture(log_ratios: Float, weights: Sequence[float]) -> Float:

@@ -1,7 +1,7 @@
 """What draws responses and gives their log-probabilities: one small protocol for every kind of policy.
 
 A model in this process is a `LocalPolicy`, with or without an adapter; one behind a server a `ServedPolicy`
-(`endpoint.py`); a mixture of them a `MixturePolicy` and a reshaped one a `ReshapedPolicy`. `open_policy` opens a folder.
+(`served.py`); a mixture of them a `MixturePolicy`, and a reshaped one a `ReshapedPolicy`. `open_policy` opens a folder.
 
 Everything that is drawn comes from `Policy.draw_rows`: rollout (seed, stream, index) is decided by these three alone,
 whoever else is in its batch. `Policy.draw` fills a store through it.
@@ -64,7 +64,7 @@ class Policy(ABC):
     sampler: str = "transformers"
     tokenizer: Any
 
-    # --- what it is ------------------------------------------------------------------------------------------------
+    # --- what it is --------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -88,7 +88,7 @@ class Policy(ABC):
         """
         return prompt_token_ids(self.tokenizer, prompts)
 
-    # --- drawing ---------------------------------------------------------------------------------------------------
+    # --- drawing -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def draw_rows(self, missing: Sequence[Missing], key: RolloutKey, batch_size: int | None = None) -> Iterator[Rows]:
@@ -167,7 +167,7 @@ class Policy(ABC):
         """What to add to the report of progress."""
         return ""
 
-    # --- log-probabilities -----------------------------------------------------------------------------------------
+    # --- log-probabilities -------------------------------------------------------------------------------------------
 
     @property
     def components(self) -> list[tuple[float, Scoring]]:
@@ -241,7 +241,7 @@ def flat_responses(
     return prompt_ids_list, [ids for responses in token_ids_PG for ids in responses], (len(prompts), per_prompt)
 
 
-# --- a model in this process -------------------------------------------------------------------------------------------
+# --- a model in this process ----------------------------------------------------------------------------------------
 
 _locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 

@@ -56,8 +56,11 @@ def read_policy_file(folder: str | Path) -> PolicyFile | None:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"this is no description of a policy ({type(error).__name__}: {error})",
-                         where=str(path), hint="It needs kind, base, aligned, and weights or reshaping") from error  # fmt: skip
+        raise InputError(
+            f"this is no description of a policy ({type(error).__name__}: {error})",
+            where=str(path),
+            hint="It needs kind, base, aligned, and weights or reshaping",
+        ) from error
     return PolicyFile(kind, base, tuple(others), settings)
 
 

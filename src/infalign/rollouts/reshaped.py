@@ -25,6 +25,8 @@ from infalign.rollouts.store import RolloutStore
 TRIES = "tries.json"
 # Rounding of the models' own arithmetic may lift an acceptance just above one.
 _ROUNDING = 1e-6
+_MOST_AHEAD = 64
+_SCORED_AT_ONCE = 256
 
 
 class Reshapes(Protocol):
@@ -72,8 +74,10 @@ class Tries:
 
     def add(self, other: Tries) -> None:
         """Count these too."""
-        for name in ("tries", "accepted", "tokens", "weight"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.tries += other.tries
+        self.accepted += other.accepted
+        self.tokens += other.tokens
+        self.weight += other.weight
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class _Asked:
     """One prompt's rollouts that are still to be drawn."""
 
     one: Missing
-    waiting: list[int]
+    waiting: set[int]
     tries: Tries = field(default_factory=Tries)
 
 
@@ -91,9 +95,11 @@ class ReshapedPolicy(Policy):
     It draws from the mixture (1 − ε) p + ε q and accepts a response with probability g(l) / (C (1 − ε + ε e^l)), where
     log C is the reshaping's `log_bound`: rejection sampling, with one scoring pass of the model that did not draw.
     Try a = 0, 1, … of rollout (seed, stream, index) is decided by these four numbers alone, so that a rollout does not
-    depend on its batch. All rollouts that wait have their next try drawn together.
+    depend on its batch. All rollouts that wait have their next try drawn together, or their next few
+    where few are accepted; the first accepted one counts.
 
-    `counts` keeps, for each prompt, what it took. Over a server, drawing needs log-probabilities of given text.
+    `counts` keeps, for each prompt, what it took, and `total` for all of them. Over a server, drawing needs
+    log-probabilities of given text.
 
     Args:
         base: The base p: a policy, or a model that `open_policy` opens.
@@ -119,6 +125,7 @@ class ReshapedPolicy(Policy):
         self.sampler = self.proposal.sampler
         self.tokenizer = self.proposal.tokenizer
         self.counts: dict[str, Tries] = {}
+        self.total = Tries()
 
     @property
     def fingerprint(self) -> str:
@@ -131,14 +138,6 @@ class ReshapedPolicy(Policy):
         return self.proposal.prompt_tokens(prompts, max_new_tokens)
 
     # --- drawing ---------------------------------------------------------------------------------------------------
-
-    @property
-    def total(self) -> Tries:
-        """What all prompts took together."""
-        out = Tries()
-        for one in self.counts.values():
-            out.add(one)
-        return out
 
     def told(self) -> str:
         """The share of accepted proposals."""
@@ -155,30 +154,44 @@ class ReshapedPolicy(Policy):
         if not key.samples_the_policy:
             raise InputError(f"temperature is {key.temperature} and top_p {key.top_p}", where="ReshapedPolicy",
                              hint="A reshaped policy is drawn at temperature 1 and top_p 1")  # fmt: skip
-        asked = {str(at): _Asked(one, list(one.indices)) for at, one in enumerate(missing)}
+        asked = {str(at): _Asked(one, set(one.indices)) for at, one in enumerate(missing)}
         failures: dict[str, InfalignError] = {}
-        for attempt in range(self.max_tries):
+        attempt = 0
+        while attempt < self.max_tries and any(a.waiting for a in asked.values()):
+            ahead = min(self._tries_ahead(), self.max_tries - attempt)
+            waiting = {at: sorted(a.waiting) for at, a in asked.items() if a.waiting}
             tries = [
-                replace(a.one, prompt_id=at, indices=list(a.waiting), stream=f"{a.one.decided_by}\0try {attempt}")
+                replace(a.one, prompt_id=f"{at} {i}", indices=waiting[at], stream=f"{a.one.decided_by}\0try {i}")
                 for at, a in asked.items()
+                for i in range(attempt, attempt + ahead)
                 if a.waiting
             ]
-            if not tries:
-                break
+            held: dict[tuple[str, int], tuple[int, Rows]] = {}
             try:
                 for part, rows in self.proposal.draw_parts(tries, key, batch_size):
-                    accepted = self._accepted(asked, part, rows, key.seed, attempt)
-                    if accepted["index"]:
-                        yield accepted
+                    for at, index, tried, row in self._accepted(asked, part, rows, key.seed):
+                        # The first accepted try counts, whatever was drawn ahead.
+                        if (at, index) not in held or tried < held[at, index][0]:
+                            held[at, index] = tried, row
+                    if ahead == 1:
+                        yield from _taken(asked, held)
             except UnfinishedError as error:
-                for at, reason in error.failures.items():
+                for name, reason in error.failures.items():
+                    at = name.split()[0]
                     failures[asked[at].one.prompt_id] = reason
                     asked[at].waiting.clear()
+            yield from _taken(asked, held)
+            attempt += ahead
         for a in asked.values():
             if a.waiting:
                 failures[a.one.prompt_id] = self._given_up(a)
         if failures:
             raise UnfinishedError(failures, len(missing))
+
+    def _tries_ahead(self) -> int:
+        """Tries of a rollout to draw at once: half of those that it takes on average, so that few are in vain."""
+        acceptance = self.total.accepted / max(self.total.tries, 1)
+        return 1 if not self.counts else int(np.clip(0.5 / max(acceptance, 1e-9), 1, _MOST_AHEAD))
 
     def draw(
         self,
@@ -194,35 +207,40 @@ class ReshapedPolicy(Policy):
         try:
             return super().draw(prompts, num_samples, store=store, batch_size=batch_size, progress=progress)
         finally:
-            after = self.total
-            _add_tries(store.path / TRIES, before, after)
+            _add_tries(store.path / TRIES, before, self.total)
 
-    def _accepted(self, asked: Mapping[str, _Asked], part: int, rows: Rows, seed: int, attempt: int) -> Rows:
-        """The accepted ones of some proposals, which wait no longer."""
-        places = [asked[at] for at in rows["prompt_id"]]
+    def _accepted(
+        self, asked: Mapping[str, _Asked], part: int, rows: Rows, seed: int
+    ) -> Iterator[tuple[str, int, int, Rows]]:
+        """The accepted ones of some proposals: whose they are, their index, which try, and the row itself."""
+        names = [name.split() for name in rows["prompt_id"]]
+        places = [asked[at] for at, _ in names]
         log_ratios = self._log_ratios_of(part, rows, [a.one for a in places])
         log_mixture_B = log_mixture(log_ratios, self.proposal.weights)
         log_weight_B = np.asarray(self.reshaping.log_density(log_ratios), dtype=np.float64) - log_mixture_B
         log_chance_B = log_weight_B - self.reshaping.log_bound
         if np.isnan(log_chance_B).any():
             at = int(np.flatnonzero(np.isnan(log_chance_B))[0])
-            raise InputError(f"a response to prompt {places[at].one.prompt_id} has no log-ratio",
-                             where=self.name, hint="Check both models' weights and data type")  # fmt: skip
+            raise InputError(
+                f"a response to prompt {places[at].one.prompt_id} has no log-ratio",
+                where=self.name,
+                hint="Check both models' weights and data type",
+            )
         if log_chance_B.max() > _ROUNDING:
-            raise InputError(f"a response would be accepted with probability {np.exp(log_chance_B.max()):.6g}",
-                             where=self.name, hint="The reshaping's log_bound is too small: fit it anew")  # fmt: skip
-        kept: list[int] = []
-        for b, (a, index) in enumerate(zip(places, rows["index"], strict=True)):
-            uniform = uniforms(seed, f"{a.one.decided_by}\0accept {attempt}", index, 1)[0]
+            raise InputError(
+                f"a response would be accepted with probability {np.exp(log_chance_B.max()):.6g}",
+                where=self.name,
+                hint="The reshaping's log_bound is too small: fit it anew",
+            )
+        for b, ((at, tried), a, index) in enumerate(zip(names, places, rows["index"], strict=True)):
+            uniform = uniforms(seed, f"{a.one.decided_by}\0accept {tried}", index, 1)[0]
             accept = bool(uniform < np.exp(log_chance_B[b]))
             count = Tries(1, int(accept), rows["num_tokens"][b] or 0, float(np.exp(log_weight_B[b])))
-            a.tries.add(count)
-            self.counts.setdefault(a.one.prompt_id, Tries()).add(count)
+            for counts in (a.tries, self.total, self.counts.setdefault(a.one.prompt_id, Tries())):
+                counts.add(count)
             if accept:
-                a.waiting.remove(index)
-                kept.append(b)
-        out = {name: [values[b] for b in kept] for name, values in rows.items()}
-        return {**out, "prompt_id": [places[b].one.prompt_id for b in kept], "logprob": [None] * len(kept)}
+                row = {name: [values[b]] for name, values in rows.items()}
+                yield at, index, int(tried), {**row, "prompt_id": [a.one.prompt_id], "logprob": [None]}
 
     def _log_ratios_of(self, part: int, rows: Rows, missing: Sequence[Missing]) -> Float:
         """Log-ratios of proposals: the part that drew them has told its log-probabilities, the others score them."""
@@ -234,13 +252,13 @@ class ReshapedPolicy(Policy):
             if c == part and not any(value is None for value in rows["logprob"]):
                 logprob_CB[c] = rows["logprob"]
             else:
-                logprob_CB[c] = policy.logprobs(prompt_ids_list, rows["token_ids"])
+                logprob_CB[c] = policy.logprobs(prompt_ids_list, rows["token_ids"], _SCORED_AT_ONCE)
         return _relative(logprob_CB)
 
     def _given_up(self, a: _Asked) -> InputError:
         told = f"{a.tries.accepted} of {a.tries.tries:,} tries were accepted"
         return InputError(
-            f"rollout {a.waiting[0]} of prompt {a.one.prompt_id} was not accepted in {self.max_tries:,} tries "
+            f"rollout {min(a.waiting)} of prompt {a.one.prompt_id} was not accepted in {self.max_tries:,} tries "
             f"({told} for this prompt)",
             where=self.name,
             hint="Fit the reshaping on prompts like this one, or raise max_tries",
@@ -349,6 +367,17 @@ def bridge_log_partition(ref_log_density_PK: Float, log_density_PG: Float, *, st
         if moved < 1e-12:
             break
     return (np.log(z_P1) + shift_P1)[:, 0]
+
+
+def _taken(asked: Mapping[str, _Asked], held: dict[tuple[str, int], tuple[int, Rows]]) -> Iterator[Rows]:
+    """What was accepted, as one batch; it waits no longer."""
+    if not held:
+        return
+    for at, index in held:
+        asked[at].waiting.discard(index)
+    rows = [row for _, row in held.values()]
+    held.clear()
+    yield {name: [value for row in rows for value in row[name]] for name in rows[0]}
 
 
 def _add_tries(path: Path, before: Tries, after: Tries) -> None:
