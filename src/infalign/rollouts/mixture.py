@@ -11,7 +11,6 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp
 
 from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
@@ -111,7 +110,7 @@ class MixturePolicy(Policy):
         """As `Policy.logprobs`: log Σ_c w_c π_c(y), by a pass of each part."""
         used = [(weight, one) for weight, one in self.parts if weight > 0]
         logprob_CB = np.array([one.logprobs(prompt_ids_list, completion_ids_list, batch_size) for _, one in used])
-        return np.asarray(logsumexp(np.log([weight for weight, _ in used])[:, None] + logprob_CB, axis=0))
+        return np.logaddexp.reduce(np.log([weight for weight, _ in used])[:, None] + logprob_CB, axis=0)
 
 
 def log_mixture(log_ratios: Float, weights: Sequence[float]) -> Float:

@@ -1,7 +1,7 @@
 """What draws responses and gives their log-probabilities: one small protocol for every kind of policy.
 
 A model in this process is a `LocalPolicy`, with or without an adapter; one behind a server a `ServedPolicy`
-(`served.py`); a mixture of them a `MixturePolicy`, and a reshaped one a `ReshapedPolicy`. `open_policy` opens a folder.
+(`endpoint.py`); a mixture of them a `MixturePolicy`, a reshaped one a `ReshapedPolicy`. `open_policy` opens a folder.
 
 Everything that is drawn comes from `Policy.draw_rows`: rollout (seed, stream, index) is decided by these three alone,
 whoever else is in its batch. `Policy.draw` fills a store through it.

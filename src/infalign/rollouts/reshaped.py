@@ -14,6 +14,7 @@ from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
+from infalign.rollouts.fill import response_token_ids
 from infalign.rollouts.key import RolloutKey, combined_fingerprint
 from infalign.rollouts.logprobs import LogRatios
 from infalign.rollouts.mixture import MixturePolicy, log_mixture
@@ -21,6 +22,7 @@ from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError, flat_
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.tokens import prompt_token_ids
 
 TRIES = "tries.json"
 # Rounding of the models' own arithmetic may lift an acceptance just above one.
@@ -98,8 +100,10 @@ class ReshapedPolicy(Policy):
     depend on its batch. All rollouts that wait have their next try drawn together, or their next few
     where few are accepted; the first accepted one counts.
 
-    `counts` keeps, for each prompt, what it took, and `total` for all of them. Over a server, drawing needs
-    log-probabilities of given text.
+    `counts` keeps, for each prompt, what it took, and `total` for all of them.
+
+    Over a server, drawing needs log-probabilities of given text and a tokenizer. A response's text is tokenised anew
+    then, so that what is accepted is exact up to other ways of writing the same text.
 
     Args:
         base: The base p: a policy, or a model that `open_policy` opens.
@@ -244,16 +248,25 @@ class ReshapedPolicy(Policy):
 
     def _log_ratios_of(self, part: int, rows: Rows, missing: Sequence[Missing]) -> Float:
         """Log-ratios of proposals: the part that drew them has told its log-probabilities, the others score them."""
-        if any(ids is None for ids in rows["token_ids"]):
-            raise InputError("a response came without tokens, so it cannot be scored", where=self.name)
-        prompt_ids_list = [one.tokens for one in missing]
+        if self.tokenizer is None:
+            raise InputError(
+                "without a tokenizer no given text can be scored", where=self.name, hint="Give ServedPolicy a tokenizer"
+            )
+        prompt_ids_list = [self._prompt_ids(one) for one in missing]
+        completion_ids_list = response_token_ids(self.tokenizer, rows)
         logprob_CB = np.empty((len(self.proposal.parts), len(missing)))
         for c, (_, policy) in enumerate(self.proposal.parts):
             if c == part and not any(value is None for value in rows["logprob"]):
                 logprob_CB[c] = rows["logprob"]
             else:
-                logprob_CB[c] = policy.logprobs(prompt_ids_list, rows["token_ids"], _SCORED_AT_ONCE)
+                logprob_CB[c] = policy.logprobs(prompt_ids_list, completion_ids_list, _SCORED_AT_ONCE)
         return _relative(logprob_CB)
+
+    def _prompt_ids(self, one: Missing) -> list[int]:
+        if one.tokens:
+            return one.tokens
+        assert one.prompt is not None, "a server is sent the prompt itself"
+        return prompt_token_ids(self.tokenizer, [one.prompt])[0]
 
     def _given_up(self, a: _Asked) -> InputError:
         told = f"{a.tries.accepted} of {a.tries.tries:,} tries were accepted"
