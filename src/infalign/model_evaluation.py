@@ -22,10 +22,11 @@ from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure
 from infalign.report.build import build_report
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.models import load_policy, load_tokenizer
+from infalign.rollouts.models import load_tokenizer
+from infalign.rollouts.opening import PolicyOpener
+from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.rewards import RewardSource
-from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
@@ -291,12 +292,8 @@ class _Evaluator:
             store = RolloutStore.open(job.out / "rollouts" / name, key)
             if self._missing(store):
                 with self.reporter.stage(f"Fresh rollouts ({label})") as progress:
-                    policy, tokenizer = self._load(model)
-                    sample(
-                        *(policy, tokenizer, job.prompts, job.num_samples),
-                        store=store,
-                        batch_size=job.batch_size,
-                        progress=progress,
+                    self._opener().open(model).draw(
+                        list(job.prompts), job.num_samples, store=store, batch_size=job.batch_size, progress=progress
                     )
         self._used.add(store.path)
         for name, source in {"reward": job.reward, **job.gold}.items():
@@ -324,12 +321,12 @@ class _Evaluator:
     def _measure(self, candidate: Candidate, store: RolloutStore, reference: RolloutStore) -> MethodResult:
         job = self.job
 
-        def load() -> tuple[Any, Any, Any]:
-            policy, tokenizer = self._load(candidate.model)
-            return policy, self._load(job.reference)[0], tokenizer
+        def load() -> tuple[Policy, Policy]:
+            opener = self._opener()
+            return opener.open(candidate.model), opener.open(job.reference)
 
         with self.reporter.stage(f"Measure {candidate.label}") as progress:
-            kls_PG = exact_kls(store, job.prompts, job.num_samples, reference.key.model, load, progress)
+            kls_PG = exact_kls(store, job.prompts, job.num_samples, reference.key.model, load, progress, reference)
             return measure_store(
                 *(candidate.label, store, reference, kls_PG, job.prompts, job.procedures),
                 reward_key=job.reward.key,
@@ -340,9 +337,9 @@ class _Evaluator:
                 step=candidate.step,
             )
 
-    def _load(self, model: str) -> Any:
+    def _opener(self) -> PolicyOpener:
         job = self.job
-        return load_policy(model, trust_remote_code=job.trust_remote_code, allow_pickle=job.allow_pickle)
+        return PolicyOpener(trust_remote_code=job.trust_remote_code, allow_pickle=job.allow_pickle)
 
     def _settings(self) -> dict[str, Any]:
         job = self.job

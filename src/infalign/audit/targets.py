@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from transformers import PreTrainedModel
-
 from infalign.data import Prompt
-from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
+from infalign.rollouts.asking import SAMPLER
+from infalign.rollouts.endpoint import ServedPolicy
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.models import load_policy, load_tokenizer
+from infalign.rollouts.models import load_tokenizer
+from infalign.rollouts.opening import open_policy
+from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 
 Batches = Sequence[tuple[int, Sequence[Prompt]]]
@@ -51,7 +51,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model folder, an adapter folder, or a hub name.
+    """A model folder, an adapter folder, a folder with a policy.json, or a hub name.
 
     Attributes:
         label: Its name in tables.
@@ -78,10 +78,10 @@ class _LocalDrawing:
     def __init__(self, target: LocalModel) -> None:
         self._target = target
         self._tokenizer = load_tokenizer(target.model, trust_remote_code=target.trust_remote_code)
-        self._policy: PreTrainedModel | None = None
+        self._policy: Policy | None = None
 
     def draw(self, batches: Batches, path: Path, *, max_new_tokens: int, seed: int, progress: Progress) -> RolloutStore:
-        """As `Drawing.draw`; errors as in `load_policy` and `sample`."""
+        """As `Drawing.draw`; errors as in `open_policy` and `Policy.draw`."""
         target = self._target
         key = RolloutKey.of(target.model, self._tokenizer, max_new_tokens=max_new_tokens, seed=seed)
         store = RolloutStore.open(path, key)
@@ -89,13 +89,11 @@ class _LocalDrawing:
         if all(present.get(one.id, set()).issuperset(range(count)) for count, prompts in batches for one in prompts):
             return store
         if self._policy is None:
-            self._policy, _ = load_policy(
+            self._policy = open_policy(
                 target.model, trust_remote_code=target.trust_remote_code, allow_pickle=target.allow_pickle
             )
         for count, prompts, told in _in_turn(batches, progress):
-            sample(
-                self._policy, self._tokenizer, prompts, count, store=store, batch_size=target.batch_size, progress=told
-            )
+            self._policy.draw(prompts, count, store=store, batch_size=target.batch_size, progress=told)
         return store
 
 
@@ -120,13 +118,12 @@ class ServedModel:
         return self
 
     def draw(self, batches: Batches, path: Path, *, max_new_tokens: int, seed: int, progress: Progress) -> RolloutStore:
-        """As `Drawing.draw`; errors as in `sample_endpoint`."""
+        """As `Drawing.draw`; errors as in `Policy.draw`."""
         key = RolloutKey(f"endpoint:{self.model}", "the server's", max_new_tokens, seed, sampler=SAMPLER)
         store = RolloutStore.open(path, key)
+        policy = ServedPolicy(self.endpoint, self.model, concurrency=self.concurrency)
         for count, prompts, told in _in_turn(batches, progress):
-            sample_endpoint(
-                self.endpoint, self.model, prompts, count, store=store, concurrency=self.concurrency, progress=told
-            )
+            policy.draw(prompts, count, store=store, progress=told)
         return store
 
 

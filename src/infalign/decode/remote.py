@@ -8,7 +8,7 @@ from typing import Any
 
 from infalign.decode.candidates import CandidateSampler, Draw, Drawn, Request
 from infalign.errors import InfalignError, InputError
-from infalign.rollouts.endpoint import SAMPLER, finish_prompt
+from infalign.rollouts.asking import SAMPLER, finish_prompt
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.plain_sampling import PlainSampling

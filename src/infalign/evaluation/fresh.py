@@ -14,8 +14,9 @@ from infalign.errors import InputError
 from infalign.evaluation.measure import measure
 from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure
-from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
+from infalign.rollouts.reshaped import ReshapedPolicy
 from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
 
@@ -27,20 +28,23 @@ def exact_kls(
     prompts: PromptSet,
     num_samples: int,
     reference: str,
-    load: Callable[[], tuple[Any, Any, Any]],
+    load: Callable[[], tuple[Policy, Policy]],
     progress: Progress | None = None,
+    ref_store: RolloutStore | None = None,
 ) -> NDArray[np.float64]:
     """KL of each response of a policy to the reference, (P, G) in nats, kept beside the store and computed once.
 
-    It is exact at every visited prefix: the same expectation as the log ratios, with less noise.
+    It is exact at every visited prefix: the same expectation as the log ratios, with less noise. For a reshaped policy
+    it is the log-ratios themselves.
 
     Args:
         store: The policy's rollouts.
         prompts: P prompts.
         num_samples: G, rollouts of each.
         reference: Fingerprint of the reference.
-        load: Loads policy, reference and their tokenizer; called only if there is something to compute.
+        load: Opens policy and reference; called only if there is something to compute.
         progress: Called after each batch.
+        ref_store: The reference's rollouts, from which a reshaped policy's normalisation is estimated.
     """
     path = store.path / KL_FILE
     about = {"reference": reference, "prompt_ids": prompts.ids, "num_samples": num_samples}
@@ -48,9 +52,14 @@ def exact_kls(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {name: kept.get(name) for name in about} == about:
             return np.array(kept["exact_kl_PG"])
-    policy, reference_policy, tokenizer = load()
+    policy, reference_policy = load()
     token_ids_PG = store.lists_PK("token_ids", prompts.ids, num_samples)
-    ratios = log_ratios(policy, reference_policy, tokenizer, prompts, token_ids_PG, progress=progress)
+    ref_token_ids_PK = None
+    if isinstance(policy, ReshapedPolicy) and ref_store is not None:
+        ref_token_ids_PK = ref_store.lists_PK("token_ids", prompts.ids, num_samples)
+    ratios = policy.log_ratios(
+        reference_policy, list(prompts), token_ids_PG, ref_token_ids_PK=ref_token_ids_PK, progress=progress
+    )
     content = about | {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()}
     write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
     return ratios.exact_kl_PG

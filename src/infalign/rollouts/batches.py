@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +35,19 @@ class Missing:
         tokens: Its token ids.
         indices: Which of its rollouts.
         stream: They are decided by (seed, stream, index); the prompt's id if not given.
+        prompt: The prompt itself, for a policy behind a server.
     """
 
     prompt_id: str
     tokens: list[int]
     indices: list[int]
     stream: str | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def decided_by(self) -> str:
+        """The stream, or what stands for it."""
+        return self.prompt_id if self.stream is None else self.stream
 
 
 def missing_rollouts(
@@ -78,6 +86,7 @@ def draw_all(
     end_tokens: Sequence[int],
     key: RolloutKey,
     batch_size: int | None = None,
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[dict[str, list[Any]]]:
     """Draw all of `missing` in batches that fit in memory; yields each batch as rows for the store.
 
@@ -88,6 +97,7 @@ def draw_all(
         end_tokens: Tokens that end a response.
         key: Seed, length, temperature and top_p.
         batch_size: Rollouts drawn at the same time; by default as many as fit.
+        active: Entered around each batch, for a model that others use between batches.
     """
     rows = batch_size or rows_in_memory(
         model, max((len(one.tokens) for one in missing), default=1) + key.max_new_tokens
@@ -96,7 +106,8 @@ def draw_all(
     while pending:
         batch = take_batch(pending, rows)
         try:
-            new = draw_batch(model, tokenizer, batch, end_tokens, key)
+            with active():
+                new = draw_batch(model, tokenizer, batch, end_tokens, key)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -130,7 +141,7 @@ def draw_batch(
         model,
         [one.tokens for one in batch],
         np.repeat(np.arange(len(batch)), [len(one.indices) for one in batch]),
-        np.stack([uniforms(key.seed, one.stream or one.prompt_id, index, key.max_new_tokens) for one, index in pairs]),
+        np.stack([uniforms(key.seed, one.decided_by, index, key.max_new_tokens) for one, index in pairs]),
         end_tokens=end_tokens,
         temperature=key.temperature,
         top_p=key.top_p,
@@ -149,11 +160,15 @@ def draw_batch(
 
 
 def require_key(
-    store: RolloutStore, tokenizer: Any, max_new_tokens: int | None = None, seed: int | None = None
+    store: RolloutStore,
+    tokenizer: Any,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    sampler: str = "transformers",
 ) -> None:
-    """Raise MismatchError unless the store is for this tokenizer, length and seed, and drawn by transformers."""
-    now = tokenizer_fingerprint(tokenizer)
-    asked = {"tokenizer": now, "max_new_tokens": max_new_tokens, "seed": seed, "sampler": "transformers"}
+    """Raise MismatchError unless the store is for this tokenizer, length and seed, and drawn by this sampler."""
+    now = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    asked = {"tokenizer": now, "max_new_tokens": max_new_tokens, "seed": seed, "sampler": sampler}
     there = store.key.to_dict()
     different = [f"{name} is {value!r}, the store's is {there[name]!r}"
                  for name, value in asked.items() if value is not None and value != there[name]]  # fmt: skip

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.logprobs import sequence_logprobs
+from infalign.rollouts.policy import LocalPolicy, Policy
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
-from infalign.rollouts.tokens import prompt_token_ids
+from infalign.rollouts.tokens import context_length, prompt_token_ids
 from infalign.wording import counted
 
 
 def compute_logprobs(
     store: RolloutStore,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Policy,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
@@ -28,12 +28,14 @@ def compute_logprobs(
 ) -> int:
     """Compute, by teacher forcing, what the store's rollouts of these prompts lack; it stays in the store.
 
-    The text is tokenized anew, with the end token where the response ended by itself. A model may have written the same
-    text in other tokens; then this is the log-probability of one way to write it, slightly below the text's own.
+    Where the tokens are not known either, the text is tokenized anew, with the end token where the response ended by
+    itself. A model may have written the same text in other tokens; then this is the log-probability of one way to write
+    it, slightly below the text's own.
 
     Args:
         store: Rollouts, some without `logprob`.
-        model: The policy that drew them. A server's store does not say which weights it served: be sure.
+        model: The policy that drew them: a model, or a `MixturePolicy`. A server's store does not say which weights it
+            served: be sure.
         tokenizer: Its tokenizer.
         prompts: Prompts of the rollouts.
         batch_size: Responses run at the same time.
@@ -51,17 +53,16 @@ def compute_logprobs(
         raise InputError("the tokenizer has no end token", where="compute_logprobs", hint="Set tokenizer.eos_token")
     report = progress or no_progress
     prompt_ids_of = dict(zip([p.id for p in prompts], prompt_token_ids(tokenizer, prompts), strict=True))
-    table = store.table(["prompt_id", "index", "text", "finish_reason", "logprob"])
+    table = store.table(["prompt_id", "index", "text", "token_ids", "finish_reason", "logprob"])
     lacking = [row for row in table.to_pylist() if row["logprob"] is None and row["prompt_id"] in prompt_ids_of]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    policy = model if isinstance(model, Policy) else LocalPolicy(model, tokenizer)
+    lengths = [context_length(one.model) for _, one in policy.components]
+    context = min((length for length in lengths if length is not None), default=None)
     report(0, len(lacking), "")
     for start in range(0, len(lacking), chunk_size):
         rows = lacking[start : start + chunk_size]
-        texts = [row["text"] for row in rows]
-        token_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        token_ids = response_token_ids(tokenizer, {name: [row[name] for row in rows] for name in rows[0]})
         for row, ids in zip(rows, token_ids, strict=True):
-            if row["finish_reason"] == "stop":
-                ids.append(tokenizer.eos_token_id)
             length = len(prompt_ids_of[row["prompt_id"]]) + len(ids)
             if context is not None and length > context:
                 raise InputError(
@@ -71,7 +72,7 @@ def compute_logprobs(
                     hint="Use the model and tokenizer that drew the rollouts",
                 )
         given = [prompt_ids_of[row["prompt_id"]] for row in rows]
-        logprobs = sequence_logprobs(model, tokenizer, given, token_ids, batch_size)
+        logprobs = policy.logprobs(given, token_ids, batch_size)
         store.append_computed(
             {
                 "prompt_id": [row["prompt_id"] for row in rows],
@@ -83,3 +84,21 @@ def compute_logprobs(
         )
         report(start + len(rows), len(lacking), "")
     return len(lacking)
+
+
+def response_token_ids(tokenizer: Any, rows: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    """Responses as token ids: their own where they are known, else their text's, with the end token where they ended.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: Columns `token_ids`, `text` and `finish_reason`.
+    """
+    unknown = [row for row, ids in enumerate(rows["token_ids"]) if ids is None]
+    out = [[] if ids is None else list(ids) for ids in rows["token_ids"]]
+    if unknown:
+        texts = [rows["text"][row] for row in unknown]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for row, ids in zip(unknown, encoded, strict=True):
+            end = [tokenizer.eos_token_id] if rows["finish_reason"][row] == "stop" else []
+            out[row] = [*ids, *end]
+    return out

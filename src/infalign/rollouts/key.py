@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, MismatchError
 from infalign.hub import require_model
+from infalign.rollouts.policy_file import read_policy_file
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # These differ between two saves of one model without changing what it computes.
@@ -94,14 +96,17 @@ class RolloutKey:
 def model_fingerprint(model: str | Path) -> str:
     """Identity of a model's weights and architecture.
 
-    For a folder: a hash of its weight files and configuration, the same wherever the folder lies. For a hub name: the
-    name and its commit.
+    For a folder: a hash of its weight files and configuration, the same wherever the folder lies; for one with a
+    policy.json, of the models it names and of what it says. For a hub name: the name and its commit.
 
     Raises:
         InputError: There are no weights in the folder, or no such model on the hub.
     """
     path = Path(model)
     if path.is_dir():
+        if (file := read_policy_file(path)) is not None:
+            prints = [model_fingerprint(one) for one in (file.base, *file.aligned)]
+            return combined_fingerprint(file.kind, prints, file.settings)
         return f"sha256:{_hash_folder(path)}"
     from transformers import AutoConfig
 
@@ -115,6 +120,12 @@ def model_fingerprint(model: str | Path) -> str:
             hint="Give a model folder or a hub name",
         ) from error
     return f"hub:{model}@{commit or 'unknown'}"
+
+
+def combined_fingerprint(kind: str, fingerprints: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Identity of a policy that is made of others: its kind, theirs, and what else decides its rollouts."""
+    content = json.dumps([list(fingerprints), settings], sort_keys=True)
+    return f"{kind}:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
 def _hash_folder(folder: Path) -> str:

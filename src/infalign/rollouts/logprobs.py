@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -86,26 +87,133 @@ def sequence_log_ratios(
     Raises:
         InputError: The vocabularies differ in size, the lists differ in length, or a prompt is empty.
     """
+    return mixture_log_ratios(
+        [(1.0, _AsItIs(policy))],
+        [(1.0, _AsItIs(ref))],
+        tokenizer,
+        prompt_ids_list,
+        completion_ids_list,
+        batch_size,
+        progress,
+    )
+
+
+class Scoring(Protocol):
+    """A model to score with, such as a `LocalPolicy`."""
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        ...
+
+    def active(self) -> AbstractContextManager[Any]:
+        """The model in evaluation mode, with the right adapter, for as long as the context lasts."""
+        ...
+
+
+Components = Sequence[tuple[float, Scoring]]
+"""Weights, which sum to one, and models: each response comes from one of them."""
+
+
+def mixture_log_ratios(
+    policy: Components,
+    ref: Components,
+    tokenizer: Any,
+    prompt_ids_list: Sequence[Sequence[int]],
+    completion_ids_list: Sequence[Sequence[int]],
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Float, Float]:
+    """`sequence_log_ratios` where policy and reference may be mixtures of models over whole responses.
+
+    A mixture Σ_c w_c π_c(y) is autoregressive too. After a prefix y_<t its next token has the distribution
+    Σ_c v_c π_c(· | y_<t), v_c ∝ w_c π_c(y_<t): the weights that the prefix leaves to each component. So its KL is exact
+    at every prefix, like that of a single model. Each model is run once, whichever sides it is on.
+
+    Args:
+        policy: π: one model with weight 1, or several.
+        ref: p, with the same vocabulary.
+        tokenizer: Says what to pad with.
+        prompt_ids_list: B prompts as token ids.
+        completion_ids_list: B responses as token ids.
+        batch_size: Responses run at the same time.
+        progress: Called after each batch.
+
+    Returns:
+        Log π − log p of each response, and the exact KL summed over its prefixes; each of shape (B,), in nats.
+
+    Raises:
+        InputError: As `sequence_log_ratios`.
+    """
     total = len(completion_ids_list)
     log_ratio_B, kl_B = np.zeros(total), np.zeros(total)
     report, done = progress or no_progress, 0
-    with _evaluating(policy), _evaluating(ref):
-        for batch in _batches(policy, tokenizer, prompt_ids_list, completion_ids_list, batch_size):
-            log_policy_BTV = _log_softmax(policy, batch)
-            log_ref_BTV = _log_softmax(ref, batch).to(log_policy_BTV.device)
-            if log_policy_BTV.shape != log_ref_BTV.shape:
-                raise InputError(
-                    f"the policy has {log_policy_BTV.shape[-1]} tokens, the reference {log_ref_BTV.shape[-1]}",
-                    where="log_ratios",
-                    hint="Compare a policy with the reference that it was trained from",
-                )
+    for batch in _batches(policy[0][1].model, tokenizer, prompt_ids_list, completion_ids_list, batch_size):
+        read: dict[int, torch.Tensor] = {}
+        with torch.inference_mode():
+            policy_side, ref_side = (_read(side, batch, read) for side in (policy, ref))
+            log_policy_BTV, log_ref_BTV = policy_side.log_next_BTV, ref_side.log_next_BTV
             difference_BTV = log_policy_BTV - log_ref_BTV
             kl_BT = (log_policy_BTV.exp() * difference_BTV).sum(-1).masked_fill(~batch.counts_BT, 0.0)
-            log_ratio_B[batch.rows] = _chosen(difference_BTV, batch).double().sum(-1).cpu().numpy()
-            kl_B[batch.rows] = kl_BT.double().sum(-1).cpu().numpy()
-            done += len(batch.rows)
-            report(done, total, "")
+            if len(policy) == len(ref) == 1:
+                whole_B = _chosen(difference_BTV, batch).double().sum(-1)
+            else:
+                whole_B = policy_side.log_whole_B - ref_side.log_whole_B
+        log_ratio_B[batch.rows] = whole_B.cpu().numpy()
+        kl_B[batch.rows] = kl_BT.double().sum(-1).cpu().numpy()
+        done += len(batch.rows)
+        report(done, total, "")
     return log_ratio_B, kl_B
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What a mixture says of a batch: log-probabilities of every next token, and of the whole responses."""
+
+    log_next_BTV: torch.Tensor  # noqa: N815
+    log_whole_B: torch.Tensor  # noqa: N815
+
+
+def _read(side: Components, batch: _Batch, read: dict[int, torch.Tensor]) -> _Side:
+    """Run the models of a side that have not been run on this batch, and mix them; `read` keeps what they said."""
+    used = [(weight, one) for weight, one in side if weight > 0]
+    for _, one in used:
+        if id(one) not in read:
+            with one.active() as model:
+                read[id(one)] = _log_softmax(model, batch).to(batch.targets_BT.device)
+            _require_one_vocabulary(list(read.values()))
+    if len(used) == 1:
+        log_next_BTV = read[id(used[0][1])]
+        return _Side(log_next_BTV, _chosen(log_next_BTV, batch).double().sum(-1))
+    chosen_CBT = torch.stack([_chosen(read[id(one)], batch).double() for _, one in used])
+    log_weight_C11 = torch.tensor([weight for weight, _ in used], dtype=torch.float64).log()[:, None, None]
+    log_weight_C11 = log_weight_C11.to(chosen_CBT.device)
+    log_left_CBT = torch.log_softmax(log_weight_C11 + chosen_CBT.cumsum(-1) - chosen_CBT, dim=0).float()
+    log_next_BTV = torch.logsumexp(
+        torch.stack([left_BT[..., None] + read[id(one)] for left_BT, (_, one) in zip(log_left_CBT, used, strict=True)]),
+        dim=0,
+    )
+    return _Side(log_next_BTV, torch.logsumexp(log_weight_C11[..., 0] + chosen_CBT.sum(-1), dim=0))
+
+
+def _require_one_vocabulary(log_probabilities: Sequence[torch.Tensor]) -> None:
+    first, last = log_probabilities[0].shape[-1], log_probabilities[-1].shape[-1]
+    if first != last:
+        raise InputError(
+            f"the policy has {first} tokens, the reference {last}",
+            where="log_ratios",
+            hint="Compare a policy with the reference that it was trained from",
+        )
+
+
+class _AsItIs:
+    """A model with whatever adapter is on."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def active(self) -> AbstractContextManager[Any]:
+        return _evaluating(self.model)
 
 
 def log_ratios(
@@ -152,10 +260,11 @@ class _evaluating:  # noqa: N801  a context manager, used like a function
         self._model = model
         self._inference = torch.inference_mode()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> PreTrainedModel:
         self._was_training = self._model.training
         self._model.eval()
         self._inference.__enter__()
+        return self._model
 
     def __exit__(self, *error: Any) -> None:
         self._inference.__exit__(*error)

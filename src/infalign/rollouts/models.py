@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from infalign.errors import InputError
 from infalign.hub import require_model
+from infalign.rollouts.policy_file import read_policy_file
 from infalign.wording import counted
 
 
@@ -30,6 +31,12 @@ def load_policy(
     Raises:
         InputError: If there is no model, no tokenizer or no end-of-sequence token there, or a weight is missing.
     """
+    if (file := read_policy_file(model)) is not None:
+        raise InputError(
+            f"this is a {file.kind} policy of several models, not a single one",
+            where=str(model),
+            hint=f"Use open_policy, or give one of its models: {file.base}, {', '.join(file.aligned)}",
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
     torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
@@ -62,12 +69,15 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
     """Load a policy's tokenizer, padding on the left as generation needs.
 
     Args:
-        model: Local folder or hub name.
+        model: Local folder or hub name; of a folder with a policy.json, the tokenizer of its base.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
         InputError: If there is no tokenizer or no end-of-sequence token there.
     """
+    file = read_policy_file(model)
+    if file is not None:
+        return load_tokenizer(file.base, trust_remote_code=trust_remote_code)
     require_model(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)

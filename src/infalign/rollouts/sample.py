@@ -1,8 +1,7 @@
-"""Draw rollouts with a transformers model: exactly what a store is missing, in batches sorted by length."""
+"""Draw rollouts with a loaded transformers model: `LocalPolicy.draw` as a function."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.batches import draw_all, missing_rollouts, require_fit, require_key
+from infalign.rollouts.batches import require_key
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.policy import LocalPolicy
+from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
-from infalign.rollouts.tokens import end_tokens, prompt_token_ids
 
 
 def sample(
@@ -60,30 +59,6 @@ def sample(
             raise InputError("a new store needs model_name, max_new_tokens and seed", where="sample")
         key = RolloutKey.of(model_name, tokenizer, max_new_tokens=max_new_tokens, seed=seed)
         store = RolloutStore.open(store, key)
-    key = store.key
     require_key(store, tokenizer, max_new_tokens, seed)
-    if num_samples < 1 or (batch_size is not None and batch_size < 1):
-        raise InputError(f"num_samples is {num_samples} and batch_size {batch_size}", where="sample",
-                         hint="Both must be at least 1")  # fmt: skip
-    tokens = prompt_token_ids(tokenizer, prompts)
-    require_fit(model, prompts, tokens, key.max_new_tokens)
-    ends = end_tokens(model, tokenizer)
-    report = progress or no_progress
-    total = len({prompt.id for prompt in prompts}) * num_samples
-    was_training = model.training
-    model.eval()
-    try:
-        with store.writing():
-            missing = missing_rollouts(store, prompts, tokens, num_samples)
-            drawn, done = 0, total - sum(len(one.indices) for one in missing)
-            num_tokens, started = 0, time.monotonic()
-            report(done, total, "")
-            for new in draw_all(model, tokenizer, missing, ends, key, batch_size):
-                store.append(new)
-                drawn += len(new["index"])
-                num_tokens += sum(new["num_tokens"])
-                speed = num_tokens / max(time.monotonic() - started, 1e-9)
-                report(done + drawn, total, f"{speed:,.0f} tokens/s")
-    finally:
-        model.train(was_training)
-    return drawn
+    policy = LocalPolicy(model, tokenizer)
+    return policy.draw(prompts, num_samples, store=store, batch_size=batch_size, progress=progress)

@@ -45,7 +45,8 @@ def draw_for_evaluation(run: Run, name: str, model: str, number: int, progress: 
         run.rewards.combine(run.store(folder), calibrator, prompts.ids, samples)
     if name != "reference":
         reference = model_fingerprint(run.reference)
-        exact_kls(run.store(folder), prompts, samples, reference, partial(run.pair, model), progress)
+        ref_store = run.store("evaluation-reference")
+        exact_kls(run.store(folder), prompts, samples, reference, partial(run.pair, model), progress, ref_store)
 
 
 def score_gold(run: Run, gold: GoldReward, progress: Progress) -> None:
@@ -73,7 +74,10 @@ def measure(run: Run, progress: Progress) -> None:
             name,
             store := run.store(f"evaluation-{name}"),
             run.store("evaluation-reference"),
-            exact_kls(store, prompts, samples, reference, partial(run.pair, str(run.policy_folder(name)))),
+            exact_kls(
+                *(store, prompts, samples, reference, partial(run.pair, str(run.policy_folder(name)))),
+                ref_store=run.store("evaluation-reference"),
+            ),
             prompts,
             recipe.evaluation_procedures,
             reward_key=source.key,

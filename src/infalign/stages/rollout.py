@@ -6,12 +6,10 @@ import json
 
 from infalign.inputs import split_prompts
 from infalign.recipe import RolloutEndpoint
-from infalign.rollouts.endpoint import SAMPLER, sample_endpoint
+from infalign.rollouts.endpoint import ServedPolicy
 from infalign.rollouts.http import Endpoint
-from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_text
 from infalign.run_rewards import scored_by_all
@@ -59,11 +57,9 @@ def draw(run: Run, folder: str, model: str, side: str, count: int, seed: int, pr
     if model == run.reference and run.recipe.rollouts.endpoint is not None:
         _draw_at_endpoint(run, run.recipe.rollouts.endpoint, folder, side, count, seed, progress)
         return
-    policy, tokenizer = run.load(model)
-    key = RolloutKey.of(model, tokenizer, max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
-    sample(
-        policy,
-        tokenizer,
+    policy = run.open(model)
+    key = policy.key(max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
+    policy.draw(
         run.prompts(side),
         count,
         store=RolloutStore.open(run.out / "rollouts" / folder, key),
@@ -76,20 +72,14 @@ def _draw_at_endpoint(
     run: Run, served: RolloutEndpoint, folder: str, side: str, count: int, seed: int, progress: Progress
 ) -> None:
     tokenizer = load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code)
-    key = RolloutKey(
-        f"served:{served.model}",
-        tokenizer_fingerprint(tokenizer),
-        max_new_tokens=run.recipe.rollouts.max_new_tokens,
-        seed=seed,
-        sampler=SAMPLER,
-    )
-    sample_endpoint(
+    policy = ServedPolicy(
         Endpoint(served.url, api_key_variable=served.api_key_variable),
         served.model,
-        run.prompts(side),
-        count,
-        store=RolloutStore.open(run.out / "rollouts" / folder, key),
         concurrency=served.concurrency,
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
-        progress=progress,
+        tokenizer=tokenizer,
+        fingerprint=f"served:{served.model}",
     )
+    key = policy.key(max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
+    store = RolloutStore.open(run.out / "rollouts" / folder, key)
+    policy.draw(run.prompts(side), count, store=store, progress=progress)

@@ -13,6 +13,8 @@ from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError, StorageError
 from infalign.recipe import Recipe
 from infalign.rollouts.models import load_policy
+from infalign.rollouts.opening import open_policies, open_policy
+from infalign.rollouts.policy import Policy
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RECIPE
 from infalign.run_rewards import RunRewards
@@ -95,10 +97,17 @@ class Run:
         """A JSON file of this run."""
         return json.loads((self.out / name).read_text(encoding="utf-8"))
 
-    def pair(self, model: str) -> tuple[Any, Any, Any]:
-        """A policy, the reference, and the tokenizer of both."""
-        policy, tokenizer = self.load(model)
-        return policy, self.load(self.reference)[0], tokenizer
+    def pair(self, model: str) -> tuple[Policy, Policy]:
+        """A policy and the reference, in memory once where one is an adapter on the other."""
+        policy = self.recipe.policy
+        flags = {"trust_remote_code": policy.trust_remote_code, "allow_pickle": policy.allow_pickle}
+        aligned, reference = open_policies([model, self.reference], **flags)
+        return aligned, reference
+
+    def open(self, model: str) -> Policy:
+        """A policy of this run."""
+        policy = self.recipe.policy
+        return open_policy(model, trust_remote_code=policy.trust_remote_code, allow_pickle=policy.allow_pickle)
 
     def load(self, model: str) -> Any:
         """A model of this run and its tokenizer."""
