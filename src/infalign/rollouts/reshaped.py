@@ -36,8 +36,8 @@ class Reshapes(Protocol):
     """What a `ReshapedPolicy` needs of a reshaping."""
 
     @property
-    def mixture_weight(self) -> float | Sequence[float]:
-        """Weight of the aligned policy in the proposal."""
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the aligned policies in the proposal."""
         ...
 
     @property
@@ -122,7 +122,7 @@ class ReshapedPolicy(Policy):
     ) -> None:
         if max_tries < 1:
             raise InputError(f"max_tries is {max_tries}", where="ReshapedPolicy", hint="Give at least 1")
-        self.proposal = MixturePolicy(base, aligned, reshaping.mixture_weight)
+        self.proposal = MixturePolicy(base, aligned, reshaping.weights)
         self.base, self.aligned = self.proposal.base, self.proposal.aligned
         self.reshaping = reshaping
         self.max_tries = max_tries
