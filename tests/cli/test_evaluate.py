@@ -6,8 +6,11 @@ import shutil
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 
+from infalign.rollouts.mixture import MixturePolicy
+from infalign.rollouts.opening import save_policy
 from infalign.testbed.toy import random_llama
 from tests.runs import infalign
 
@@ -90,6 +93,26 @@ def test_models_against_a_reference(run, job, evaluated):
     assert drawn == sorted((path, path.stat().st_mtime_ns) for path in evaluated.rglob("rollouts/*/rollouts/*.parquet"))
     again = {entry["procedure"]: entry for entry in json.loads(out)["results"][1]["procedures"]}
     assert again["Best-of-4"]["win_rate"] == tuned["procedures"][0]["win_rate"]
+
+
+def test_a_mixture_is_evaluated_like_any_model(run, job):
+    """KL exact, of the mixture itself: half of the rollouts are the base's, so it is well below the tuned model's."""
+    save_policy(MixturePolicy(job / "base", job / "tuned", 0.5), job / "half")
+    code, printed, _ = run("evaluate", "--model", "half", "--model", "tuned", *COMMON, "--out", "mixed", "--json")
+    assert code == 0
+    half, tuned = json.loads(printed)["results"]
+    assert half["label"] == "half"
+    # KL of a mixture is convex in its weight: at most half of the tuned model's, at most log 2 from either.
+    assert 0 < half["kl"]["estimate"] < 0.5 * tuned["kl"]["estimate"] + 3 * tuned["kl"]["standard_error"]
+    assert (job / "mixed" / "report.html").is_file()
+    (store,) = (job / "mixed" / "rollouts").glob("half-*")
+    kept = json.loads((store / "kl.json").read_text())
+    assert np.shape(kept["exact_kl_PG"]) == (24, 8)
+    # The decoder takes the same folder.
+    code, printed, _ = run("decode", "Number 1: ", "--model", "half", "--n", 4, "--reward", "eval_rewards:length",
+                           "--max-new-tokens", 4, "--json")  # fmt: skip
+    assert code == 0
+    assert len(json.loads(printed)["answers"][0]["candidates"]) == 4 if "answers" in json.loads(printed) else True
 
 
 def test_reports_in_three_forms(run, evaluated):

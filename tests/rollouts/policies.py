@@ -30,6 +30,10 @@ class Bounded:
     slope: float = 1.5
     mixture_weight: float = 0.0
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (self.mixture_weight,)
+
     def log_density(self, log_ratios: Any) -> np.ndarray:
         return self.slope * np.clip(log_ratios, self.low, self.high)
 

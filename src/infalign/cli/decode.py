@@ -232,13 +232,12 @@ def _sampler(
         name = str(model_name)
         server = Endpoint(endpoint, api_key_variable)
         return EndpointSampler(server, name, concurrency=concurrency, **settings), f"endpoint:{name}"
-    from infalign.decode.local import LocalSampler
-    from infalign.rollouts.key import model_fingerprint
-    from infalign.rollouts.models import load_policy
+    from infalign.decode.local import sampler_of
+    from infalign.rollouts.opening import open_policy
 
     silence_libraries()
-    policy, tokenizer = load_policy(str(model), **weights)
-    return LocalSampler(policy, tokenizer, name=str(model), **settings), model_fingerprint(str(model))
+    policy = open_policy(str(model), **weights)
+    return sampler_of(policy, **settings), policy.fingerprint
 
 
 @contextmanager

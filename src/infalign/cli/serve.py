@@ -184,22 +184,22 @@ def _key(variable: str | None, option: str) -> str | None:
 
 def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
     """A sampler for a model in this process, and what counts its prompts' tokens."""
-    from infalign.decode.local import LocalSampler
-    from infalign.rollouts.models import load_policy
+    from infalign.decode.local import sampler_of
+    from infalign.rollouts.opening import open_policy
     from infalign.rollouts.tokens import prompt_token_ids
 
     silence_libraries()
-    policy, tokenizer = load_policy(model, **weights)
+    policy = open_policy(model, **weights)
 
     def count(prompt: Prompt) -> int:
         from jinja2 import TemplateError
 
         try:
-            return len(prompt_token_ids(tokenizer, [prompt])[0])
+            return len(prompt_token_ids(policy.tokenizer, [prompt])[0])
         except TemplateError as error:  # templates refuse what they cannot show, such as two user turns in a row
             raise InputError(f"the model's chat template refuses these messages ({error})", where="messages") from error
 
-    return LocalSampler(policy, tokenizer, **settings), count
+    return sampler_of(policy, **settings), count
 
 
 def _require_no_columns(source: RewardSource | None) -> None:

@@ -1,10 +1,10 @@
-"""Candidates from a transformers model in this process, by the sampler that draws rollouts."""
+"""Candidates from a policy, by the sampler that draws rollouts."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infalign.data import Prompt
 from infalign.decode.candidates import CandidateSampler, Draw, Drawn, Request
 from infalign.errors import InfalignError, InputError
-from infalign.rollouts.batches import Missing, draw_all, require_fit, rows_in_memory
+from infalign.rollouts.batches import Missing, rows_in_memory
 from infalign.rollouts.decode import decode, uniforms
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.tokens import end_tokens, prompt_token_ids
+from infalign.rollouts.policy import Adapter, LocalPolicy, Policy, UnfinishedError
+from infalign.rollouts.tokens import end_tokens
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,83 @@ class Beginning:
     finish_reason: str | None = None
 
 
-class LocalSampler(CandidateSampler):
-    """A transformers model.
+class PolicySampler(CandidateSampler):
+    """Any policy: a model, a mixture or a reshaped policy, in this process or behind a server.
 
-    Threads wait for each other: the model serves one call at a time, with all its requests in one batch. A candidate
-    does not depend on its batch, but for rounding in the model's own arithmetic.
+    A policy of this process serves one call at a time, with all its requests in one batch; threads wait for each other.
+    A candidate does not depend on its batch, but for rounding in the model's own arithmetic.
 
     Args:
-        model: The policy.
-        tokenizer: Its tokenizer.
+        policy: The policy.
         max_new_tokens: Longest response.
         temperature: 1 samples the policy itself, which calibration refers to.
         top_p: As `temperature`.
         batch_size: Candidates drawn at the same time; by default as many as fit in memory.
+
+    Raises:
+        InputError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}", where=type(self).__name__, hint="Give at least 1")
+        self.name = policy.name
+        self.policy = policy
+        # A key wants the fingerprints of a store; nothing is stored here.
+        self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self._key(seed=0)
+        self._batch_size = batch_size
+        self._lock = threading.Lock() if policy.sampler == "transformers" else nullcontext()
+
+    def draw(self, requests: Sequence[Request], seed: int) -> list[Drawn | InfalignError]:
+        """As `CandidateSampler.draw`; an InputError for a prompt that leaves no room for the response."""
+        key = self._key(seed)
+        refused: dict[int, InfalignError] = {}
+        with self._lock:
+            wanted: list[Missing] = []
+            for at, request in enumerate(requests):
+                try:
+                    tokens = self.prompt_tokens(request.prompt)
+                except InputError as error:
+                    refused[at] = error
+                    continue
+                wanted.append(Missing(str(at), tokens, list(request.indices), request.stream, request.prompt))
+            wanted.sort(key=lambda one: -len(one.tokens))
+            draws: dict[int, dict[int, Draw]] = {at: {} for at in range(len(requests))}
+            try:
+                for rows in self.policy.draw_rows(wanted, key, self._batch_size):
+                    columns = (rows[c] for c in ("prompt_id", "index", "text", "num_tokens", "finish_reason"))
+                    for at, index, *drawn in zip(*columns, strict=True):
+                        draws[int(at)][index] = Draw(*drawn)
+            except UnfinishedError as error:
+                refused |= {int(at): reason for at, reason in error.failures.items()}
+        return [refused[at] if at in refused else _in_order(draws[at], one) for at, one in enumerate(requests)]
+
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids; InputError where they leave no room for the response."""
+        return self.policy.prompt_tokens([prompt], self._key(0).max_new_tokens)[0]
+
+    def _key(self, seed: int) -> RolloutKey:
+        settings: dict[str, Any] = self._settings
+        return RolloutKey("", "", seed=seed, sampler=self.policy.sampler, **settings)
+
+
+class LocalSampler(PolicySampler):
+    """A transformers model; it can also go on with candidates that were begun.
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
         name: What to call the model in messages and records.
+        **settings: As for `PolicySampler`.
 
     Raises:
         InputError: A setting is out of range, or nothing tells how a response ends.
@@ -63,44 +127,14 @@ class LocalSampler(CandidateSampler):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        batch_size: int | None = None,
         name: str | None = None,
+        **settings: Any,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}", where="LocalSampler", hint="Give at least 1")
-        self.name = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
+        self._local = LocalPolicy(model, tokenizer, name=name)
+        super().__init__(self._local, **settings)
         self._model = model
         self._tokenizer = tokenizer
-        # A key wants the fingerprints of a store; nothing is stored here.
-        self._settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        self._key(seed=0)
-        self._batch_size = batch_size
         self._end_tokens = end_tokens(model, tokenizer)
-        self._lock = threading.Lock()
-
-    def draw(self, requests: Sequence[Request], seed: int) -> list[Drawn | InfalignError]:
-        """As `CandidateSampler.draw`; an InputError for a prompt that leaves no room for the response."""
-        key = self._key(seed)
-        with self._sampling():
-            refused: dict[int, InfalignError] = {}
-            wanted: list[Missing] = []
-            for at, request in enumerate(requests):
-                try:
-                    tokens = self.prompt_tokens(request.prompt)
-                except InputError as error:
-                    refused[at] = error
-                    continue
-                wanted.append(Missing(str(at), tokens, list(request.indices), stream=request.stream))
-            wanted.sort(key=lambda one: -len(one.tokens))
-            draws: dict[int, dict[int, Draw]] = {at: {} for at in range(len(requests))}
-            for rows in draw_all(self._model, self._tokenizer, wanted, self._end_tokens, key, self._batch_size):
-                columns = (rows[c] for c in ("prompt_id", "index", "text", "num_tokens", "finish_reason"))
-                for at, index, *drawn in zip(*columns, strict=True):
-                    draws[int(at)][index] = Draw(*drawn)
-        return [refused[at] if at in refused else _in_order(draws[at], one) for at, one in enumerate(requests)]
 
     def extend(self, beginnings: Sequence[Beginning], num_tokens: int, seed: int) -> list[Beginning]:
         """Go on with candidates by up to `num_tokens` tokens; one carried to its end is what `draw` gives.
@@ -120,7 +154,7 @@ class LocalSampler(CandidateSampler):
             return []
         length = len(beginnings[0].token_ids)
         stop = min(length + num_tokens, key.max_new_tokens)
-        with self._sampling():
+        with self._lock, self._local.active():
             tokens_of = {one.prompt.id: self.prompt_tokens(one.prompt) for one in beginnings}
             order = sorted(range(len(beginnings)), key=lambda b: -len(tokens_of[beginnings[b].prompt.id]))
             longest = len(tokens_of[beginnings[order[0]].prompt.id]) + stop
@@ -155,28 +189,20 @@ class LocalSampler(CandidateSampler):
         shown = list(beginning.token_ids[:-1] if ended else beginning.token_ids)
         return self._tokenizer.batch_decode([shown], skip_special_tokens=True)[0]
 
-    def prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids; InputError where they leave no room for the response."""
-        (tokens,) = prompt_token_ids(self._tokenizer, [prompt])
-        require_fit(self._model, [prompt], [tokens], self._key(0).max_new_tokens)
-        return tokens
 
-    @contextmanager
-    def _sampling(self) -> Iterator[None]:
-        """The model to itself, in evaluation mode."""
-        with self._lock:
-            was_training = self._model.training
-            self._model.eval()
-            try:
-                yield
-            finally:
-                self._model.train(was_training)
+def sampler_of(policy: Policy, **settings: Any) -> PolicySampler:
+    """The sampler of a policy: a `LocalSampler` where it is a single model of this process.
 
-    def _key(self, seed: int) -> RolloutKey:
-        settings: dict[str, Any] = self._settings
-        return RolloutKey("", "", seed=seed, **settings)
+    Args:
+        policy: The policy.
+        **settings: As for `PolicySampler`.
+    """
+    if isinstance(policy, LocalPolicy) and policy.adapter in (None, Adapter("default")):
+        return LocalSampler(policy.model, policy.tokenizer, name=policy.name, **settings)
+    return PolicySampler(policy, **settings)
 
 
 def _in_order(draws: dict[int, Draw], request: Request) -> Drawn:
     ordered = tuple(draws[index] for index in request.indices)
-    return Drawn(ordered, sum(one.num_tokens or 0 for one in ordered))
+    counts = [one.num_tokens for one in ordered if one.num_tokens is not None]
+    return Drawn(ordered, sum(counts) if len(counts) == len(ordered) else None)

@@ -15,7 +15,7 @@ from infalign.rollouts.plain_sampling import PlainSampling
 
 
 class EndpointSampler(CandidateSampler):
-    """A model behind an endpoint; how it is asked is said at `infalign.rollouts.endpoint.sample_endpoint`.
+    """A model behind an endpoint; how it is asked is said at `infalign.rollouts.endpoint.ServedPolicy`.
 
     Each request carries a seed of its own; whether the server honours it is the server's affair.
 
@@ -28,7 +28,7 @@ class EndpointSampler(CandidateSampler):
         concurrency: Requests under way at the same time, for each call.
         count_tokens: Counts the tokens of a response's text. Without it there is only what the server tells of all the
             candidates of one request together.
-        request_fields: As in `sample_endpoint`.
+        request_fields: As in `ServedPolicy`.
 
     Raises:
         InputError: A setting is out of range.

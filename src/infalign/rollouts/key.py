@@ -16,6 +16,7 @@ from infalign.rollouts.policy_file import read_policy_file
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # These differ between two saves of one model without changing what it computes.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "use_cache")
+_OF_THE_FIT = ("predictions", "procedure", "beta")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ def model_fingerprint(model: str | Path) -> str:
 
 def combined_fingerprint(kind: str, fingerprints: Sequence[str], settings: Mapping[str, Any]) -> str:
     """Identity of a policy that is made of others: its kind, theirs, and what else decides its rollouts."""
-    content = json.dumps([list(fingerprints), settings], sort_keys=True)
+    # What a fit predicted, and what it was made for, decides no rollout.
+    decides = {
+        name: {inner: v for inner, v in value.items() if inner not in _OF_THE_FIT} if name == "reshaping" else value
+        for name, value in settings.items()
+    }
+    content = json.dumps([list(fingerprints), decides], sort_keys=True)
     return f"{kind}:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 

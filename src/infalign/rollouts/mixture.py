@@ -124,9 +124,8 @@ def log_mixture(log_ratios: Float, weights: Sequence[float]) -> Float:
     values = values[..., None] if len(weights) == 1 else values
     with np.errstate(divide="ignore"):
         logs = np.log([max(0.0, 1.0 - sum(weights)), *weights])
-    return logsumexp(
-        np.concatenate([np.broadcast_to(logs[0], (*values.shape[:-1], 1)), logs[1:] + values], -1), axis=-1
-    )
+    every = np.concatenate([np.broadcast_to(logs[0], (*values.shape[:-1], 1)), logs[1:] + values], axis=-1)
+    return np.logaddexp.reduce(every, axis=-1)
 
 
 def opened_together(base: Any, aligned: Sequence[Any]) -> tuple[Policy, list[Policy]]:

@@ -126,7 +126,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 
 def reshaping_from_dict(content: dict[str, Any]) -> Any:
     """The reshaping that a policy.json holds."""
-    from infalign.reshape import Reshaping
+    from infalign.reshape.reshaping import Reshaping
 
     return Reshaping.from_dict(content)
 

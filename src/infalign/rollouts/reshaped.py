@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,8 +36,8 @@ class Reshapes(Protocol):
     """What a `ReshapedPolicy` needs of a reshaping."""
 
     @property
-    def mixture_weight(self) -> float | Sequence[float]:
-        """Weight of the aligned policy in the proposal."""
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the aligned policies in the proposal."""
         ...
 
     @property
@@ -121,7 +122,7 @@ class ReshapedPolicy(Policy):
     ) -> None:
         if max_tries < 1:
             raise InputError(f"max_tries is {max_tries}", where="ReshapedPolicy", hint="Give at least 1")
-        self.proposal = MixturePolicy(base, aligned, reshaping.mixture_weight)
+        self.proposal = MixturePolicy(base, aligned, reshaping.weights)
         self.base, self.aligned = self.proposal.base, self.proposal.aligned
         self.reshaping = reshaping
         self.max_tries = max_tries
@@ -130,6 +131,7 @@ class ReshapedPolicy(Policy):
         self.tokenizer = self.proposal.tokenizer
         self.counts: dict[str, Tries] = {}
         self.total = Tries()
+        self._counting = Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -240,8 +242,9 @@ class ReshapedPolicy(Policy):
             uniform = uniforms(seed, f"{a.one.decided_by}\0accept {tried}", index, 1)[0]
             accept = bool(uniform < np.exp(log_chance_B[b]))
             count = Tries(1, int(accept), rows["num_tokens"][b] or 0, float(np.exp(log_weight_B[b])))
-            for counts in (a.tries, self.total, self.counts.setdefault(a.one.prompt_id, Tries())):
-                counts.add(count)
+            with self._counting:
+                for counts in (a.tries, self.total, self.counts.setdefault(a.one.prompt_id, Tries())):
+                    counts.add(count)
             if accept:
                 row = {name: [values[b]] for name, values in rows.items()}
                 yield at, index, int(tried), {**row, "prompt_id": [a.one.prompt_id], "logprob": [None]}
