@@ -28,7 +28,7 @@ from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
 from infalign.run_rewards import open_reward
-from infalign.stages import calibrate, decoder, evaluate, rollout, testbed, train
+from infalign.stages import calibrate, decoder, evaluate, reshape, rollout, testbed, train
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.run import Run
 from infalign.training.landing import Landing
@@ -280,6 +280,8 @@ class Pipeline:
                     "kl_budget": recipe.kl_budget,
                     "training": planned.training_settings(recipe.training),
                     "seed": recipe.seed,
+                    # With a KL budget a quarter is always kept.
+                    **({} if recipe.kl_budget is not None or not len(run.kept_prompts()) else {"kept": True}),
                 },
                 [f"policies/{name}"],
                 partial(self._align, planned),
@@ -288,18 +290,45 @@ class Pipeline:
             result = run.read_json(f"policies/{name}/result.json")
             result.pop("steps")
             trained[name] = {**result, "model": str(run.policy_folder(name))}
+            if run.reshapes(planned):
+                self._reshape(planned)
+                fitted = run.read_json(f"policies/{name}/reshaped/{reshape.FILE}")
+                trained[name]["reshaped"] = fitted | {"policy": str(run.reshaped_folder(name))}
         lines: list[str] = []
         for name, entry in trained.items():
             lines.append(f"{name}: {entry['model']} (final beta {entry['beta']:.4g})")
             if landing := entry["landing"]:
                 lines.append(f"  {Landing(**landing)}")
+            if fitted := entry.get("reshaped"):
+                lines.append(f"  {fitted['reason']}")
         return {"text": "\n".join(lines), "policies": trained}
+
+    def _reshape(self, planned: PlannedTransform) -> None:
+        recipe, name = self.recipe, planned.name
+        self._stage(
+            f"reshape-{name}",
+            "train",
+            {
+                "model": self._print_of(f"align-{name}"),
+                "calibration": self._print_of("calibration"),
+                "procedure": recipe.procedure,
+                "kl": self._run.read_json("plan.json")["kl"],
+                "report": recipe.evaluation.procedures,
+                "inside": planned.mixture_weight,
+                **recipe.reshape.model_dump(exclude={"methods"}),
+                "seed": recipe.seed,
+            },
+            [f"policies/{name}/reshaped", f"rollouts/reshape-{name}"],
+            partial(reshape.reshape_policy, self._run, planned),
+            title=f"Reshape ({name})",
+        )
 
     def _evaluate(self) -> dict[str, Any]:
         recipe, run = self.recipe, self._run
         models = {"reference": (run.reference, self._reference)}
-        for planned in run.planned():
-            models[planned.name] = (str(run.policy_folder(planned.name)), self._print_of(f"align-{planned.name}"))
+        for one in run.evaluated():
+            made_by = f"{'reshape' if one.reshaped else 'align'}-{one.method.name}"
+            models[one.name] = (str(one.folder), self._print_of(made_by))
         combined: dict[str, Any] = {}
         if run.rewards.combined:
             self._stage(

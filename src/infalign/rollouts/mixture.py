@@ -120,12 +120,9 @@ def log_mixture(log_ratios: Float, weights: Sequence[float]) -> Float:
         log_ratios: Log q_m(y) − log p(y): any shape for one aligned policy, shape (…, M) for M > 1 of them.
         weights: ε_m.
     """
-    values = np.asarray(log_ratios, dtype=np.float64)
-    values = values[..., None] if len(weights) == 1 else values
-    with np.errstate(divide="ignore"):
-        logs = np.log([max(0.0, 1.0 - sum(weights)), *weights])
-    every = np.concatenate([np.broadcast_to(logs[0], (*values.shape[:-1], 1)), logs[1:] + values], axis=-1)
-    return np.logaddexp.reduce(every, axis=-1)
+    from infalign.reshape.reshaping import log_mixture as of_weights
+
+    return of_weights(tuple(weights), np.asarray(log_ratios, dtype=np.float64))
 
 
 def opened_together(base: Any, aligned: Sequence[Any]) -> tuple[Policy, list[Policy]]:

@@ -68,7 +68,7 @@ def run_through(run: Run, name: str, model: str, number: int, decoder: MeasuredP
 def measure_through(run: Run, decoder: MeasuredProcedure, progress: Progress) -> None:
     """Win rates of each policy over the reference, both used through the decoder itself."""
     ids, key, count = run.prompts("evaluation").ids, run.rewards.source().key, decoder.rollouts_per_prompt
-    names = [planned.name for planned in run.planned()]
+    names = [one.name for one in run.evaluated()]
     reference, *policies = (run.store(f"through-{name}").rewards_PK(key, ids, count) for name in ("reference", *names))
     level = run.recipe.evaluation.confidence
     first, *others = found = [win_rate(rewards_PD, reference, Standard(), confidence=level) for rewards_PD in policies]

@@ -27,7 +27,7 @@ def calibrate_evaluation(run: Run, progress: Progress) -> None:
     They are drawn apart from those that are judged, so that a response's score depends on nothing but itself.
     """
     prompts, num_ref = run.prompts("evaluation"), run.recipe.rollouts.num_ref
-    draw(run, "evaluation-calibration", run.reference, "evaluation", num_ref, run.recipe.seed + 999, progress)
+    draw(run, "evaluation-calibration", run.reference, prompts, num_ref, run.recipe.seed + 999, progress)
     store = run.store("evaluation-calibration")
     run.rewards.score(store, prompts, progress)
     rewards_PKM = run.rewards.read_PKM(store, prompts.ids, num_ref)
@@ -38,7 +38,7 @@ def draw_for_evaluation(run: Run, name: str, model: str, number: int, progress: 
     """Fresh rollouts on held-out prompts, scored, and (for a policy) its log-ratios to the reference."""
     folder, prompts, samples = f"evaluation-{name}", run.prompts("evaluation"), run.recipe.evaluation.num_samples
     # Another seed for every model: its rollouts are independent of the others' and of the calibration's.
-    draw(run, folder, model, "evaluation", samples, run.recipe.seed + 1000 * number, progress)
+    draw(run, folder, model, prompts, samples, run.recipe.seed + 1000 * number, progress)
     run.rewards.score(run.store(folder), prompts, progress, retry_unscored=True)
     if run.rewards.combined:
         calibrator = CombinedCalibrator.load(run.out / "calibration-evaluation")
@@ -58,7 +58,7 @@ def score_gold(run: Run, gold: GoldReward, progress: Progress) -> None:
             where=f"evaluation.gold {gold.label}",
             hint="Remove it, or give another",
         )
-    for name in ("reference", *(planned.name for planned in run.planned())):
+    for name in ("reference", *(one.name for one in run.evaluated())):
         score_store(run.store(f"evaluation-{name}"), source, prompts, progress=progress, retry_unscored=True)
 
 
@@ -68,14 +68,15 @@ def measure(run: Run, progress: Progress) -> None:
     samples, source = recipe.evaluation.num_samples, run.rewards.source()
     gold = {one.label: open_reward(one).key for one in recipe.evaluation.gold}
     reference = model_fingerprint(run.reference)
-    names = [planned.name for planned in run.planned()]
+    policies = run.evaluated()
+    names = [one.name for one in policies]
     results = [
         measure_store(
-            name,
-            store := run.store(f"evaluation-{name}"),
+            one.name,
+            store := run.store(f"evaluation-{one.name}"),
             run.store("evaluation-reference"),
             exact_kls(
-                *(store, prompts, samples, reference, partial(run.pair, str(run.policy_folder(name)))),
+                *(store, prompts, samples, reference, partial(run.pair, str(one.folder))),
                 ref_store=run.store("evaluation-reference"),
             ),
             prompts,
@@ -85,7 +86,7 @@ def measure(run: Run, progress: Progress) -> None:
             gold=gold,
             confidence=recipe.evaluation.confidence,
         )
-        for name in names
+        for one in policies
     ]
     evaluation = Evaluation(
         name=recipe.name,
@@ -103,5 +104,6 @@ def measure(run: Run, progress: Progress) -> None:
         versions=versions(),
     )
     write_json(run.out / FILE, evaluation.to_dict())
-    for planned, result in zip(run.planned(), results, strict=True):
-        write_card(run, planned, result)
+    for planned in run.planned():
+        of_planned = {one.name: result for one, result in zip(policies, results, strict=True) if one.method == planned}
+        write_card(run, planned, of_planned.get(planned.name))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
+from infalign.data import Prompt
 from infalign.inputs import split_prompts
 from infalign.recipe import RolloutEndpoint
 from infalign.rollouts.endpoint import ServedPolicy
@@ -31,7 +33,7 @@ def write_prompts(run: Run, progress: Progress) -> None:
 
 def draw_reference(run: Run, progress: Progress) -> None:
     """The K reference rollouts per training prompt that calibrate the reward."""
-    draw(run, "reference", run.reference, "train", run.recipe.rollouts.num_ref, run.recipe.seed, progress)
+    draw(run, "reference", run.reference, run.prompts("train"), run.recipe.rollouts.num_ref, run.recipe.seed, progress)
 
 
 def score_reference(run: Run, progress: Progress) -> None:
@@ -52,15 +54,17 @@ def count_reference(run: Run) -> dict[str, int]:
     }
 
 
-def draw(run: Run, folder: str, model: str, side: str, count: int, seed: int, progress: Progress) -> None:
-    """Rollouts of a model on the prompts of one side: here, or those of the reference at the recipe's server."""
+def draw(
+    run: Run, folder: str, model: str, prompts: Sequence[Prompt], count: int, seed: int, progress: Progress
+) -> None:
+    """Rollouts of a model: here, or those of the reference at the recipe's server."""
     if model == run.reference and run.recipe.rollouts.endpoint is not None:
-        _draw_at_endpoint(run, run.recipe.rollouts.endpoint, folder, side, count, seed, progress)
+        _draw_at_endpoint(run, run.recipe.rollouts.endpoint, folder, prompts, count, seed, progress)
         return
     policy = run.open(model)
     key = policy.key(max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
     policy.draw(
-        run.prompts(side),
+        prompts,
         count,
         store=RolloutStore.open(run.out / "rollouts" / folder, key),
         batch_size=run.recipe.rollouts.batch_size,
@@ -69,7 +73,13 @@ def draw(run: Run, folder: str, model: str, side: str, count: int, seed: int, pr
 
 
 def _draw_at_endpoint(
-    run: Run, served: RolloutEndpoint, folder: str, side: str, count: int, seed: int, progress: Progress
+    run: Run,
+    served: RolloutEndpoint,
+    folder: str,
+    prompts: Sequence[Prompt],
+    count: int,
+    seed: int,
+    progress: Progress,
 ) -> None:
     tokenizer = load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code)
     policy = ServedPolicy(
@@ -82,4 +92,4 @@ def _draw_at_endpoint(
     )
     key = policy.key(max_new_tokens=run.recipe.rollouts.max_new_tokens, seed=seed)
     store = RolloutStore.open(run.out / "rollouts" / folder, key)
-    policy.draw(run.prompts(side), count, store=store, progress=progress)
+    policy.draw(prompts, count, store=store, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ from infalign.run_rewards import RunRewards
 from infalign.stages.planned import PlannedTransform
 from infalign.training.methods import baseline_reward, is_online
 from infalign.training.reward import TransformedReward
+
+KEPT_SHARE, MOST_KEPT = 4, 128  # one training prompt in four, and so many at most
+
+
+@dataclass(frozen=True)
+class EvaluatedPolicy:
+    """A policy that is evaluated.
+
+    Attributes:
+        name: Its name in tables and folders.
+        folder: What `open_policy` opens.
+        method: What it was trained with.
+        reshaped: Whether it is the reshaped policy rather than the aligned model alone.
+    """
+
+    name: str
+    folder: Path
+    method: PlannedTransform
+    reshaped: bool
 
 
 class Run:
@@ -79,6 +99,35 @@ class Run:
     def policy_folder(self, name: str) -> Path:
         """Where an aligned model is."""
         return self.out / "policies" / name / "model"
+
+    def reshaped_folder(self, name: str) -> Path:
+        """Where the reshaped policy of an aligned model is, with the fit that it comes from."""
+        return self.out / "policies" / name / "reshaped"
+
+    def kept_prompts(self) -> PromptSet:
+        """The training prompts that no update sees: a landing is measured, and a reshaping fitted, on them."""
+        prompts = self.prompts("train")
+        wanted = self.recipe.kl_budget is not None or self.recipe.reshape.kind != "none"
+        return prompts[: min(len(prompts) // KEPT_SHARE, MOST_KEPT) if wanted else 0]
+
+    def reshapes(self, planned: PlannedTransform) -> bool:
+        """Whether the recipe asks for the reshaping of this method."""
+        wanted = self.recipe.reshape
+        return wanted.kind != "none" and (wanted.methods == "all" or planned.name == self.planned()[0].name)
+
+    def evaluated(self) -> list[EvaluatedPolicy]:
+        """What is evaluated, once all is trained and reshaped: the reshaped form of the recipe's own transform first.
+
+        A model that was trained inside a mixture is a part of it, and not evaluated alone.
+        """
+        found: list[EvaluatedPolicy] = []
+        for planned in self.planned():
+            if self.reshapes(planned) and self.read_json(f"policies/{planned.name}/reshaped/reshape.json")["chosen"]:
+                name = f"{planned.name}-{'mixture' if planned.mixture_weight < 1.0 else 'reshaped'}"
+                found.append(EvaluatedPolicy(name, self.reshaped_folder(planned.name), planned, True))
+            if planned.mixture_weight == 1.0:
+                found.append(EvaluatedPolicy(planned.name, self.policy_folder(planned.name), planned, False))
+        return found
 
     def planned(self) -> list[PlannedTransform]:
         """The transforms and baselines to align with; known once the plan is made."""

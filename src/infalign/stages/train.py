@@ -7,7 +7,6 @@ from typing import Any
 
 from infalign import processes
 from infalign.data import Prompt
-from infalign.recipe import Recipe
 from infalign.rollouts.fill import compute_logprobs
 from infalign.rollouts.progress import Progress
 from infalign.run_rewards import scored_by_all
@@ -26,7 +25,7 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
     """Align the reference with one transform, by the recipe's solver, or with one baseline."""
     recipe, prompts, training = run.recipe, run.prompts("train"), run.recipe.training
     # The KL that decides the landing is measured on prompts that no update has seen, and so is a reshaping fitted.
-    kept = kept_prompts(recipe, len(prompts))
+    kept = len(run.kept_prompts())
     out = run.out / "policies" / planned.name
     common: dict[str, Any] = {
         "max_new_tokens": recipe.rollouts.max_new_tokens,
@@ -57,12 +56,6 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
         if landing is not None:
             run.say(f"  {landing}")
         write_card(run, planned, None)
-
-
-def kept_prompts(recipe: Recipe, num_prompts: int) -> int:
-    """How many of the training prompts, the first ones, no update sees."""
-    wanted = recipe.kl_budget is not None or recipe.reshape.kind != "none"
-    return min(num_prompts // 4, 128) if wanted else 0
 
 
 def _loss(run: Run, planned: PlannedTransform) -> OfflineLoss:
