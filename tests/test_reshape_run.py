@@ -1,0 +1,121 @@
+"""A run that trains inside a mixture and reshapes: what it leaves, that it resumes, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from infalign.errors import InputError
+from infalign.pipeline import Pipeline
+from infalign.recipe import load_recipe
+from infalign.rollouts.mixture import MixturePolicy
+from infalign.rollouts.opening import open_policy
+from infalign.testbed.toy import random_llama
+from tests.runs import Recorder
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+RECIPE = """
+name: tiny
+policy: {model: policy}
+reward: {function: "reshape_rewards:vowels"}
+prompts: {source: prompts.jsonl, train: 36, evaluation: 6, held_out: 0.15}
+procedure: best-of-4
+rollouts: {num_ref: 24, max_new_tokens: 4}
+transform: self-consistent
+compare_with: [identity]
+kl_budget: 0.1
+training:
+  {steps: 6, prompts_per_step: 4, num_generations: 8, learning_rate: 2.0e-2, save_steps: 2, mixture: auto}
+reshape: {kind: auto, num_samples: 8, methods: all}
+evaluation: {num_samples: 8, procedures: [standard, best-of-4]}
+"""
+REWARDS = """
+def vowels(prompts, completions):
+    return [sum(c in "aeiou" for c in text) + len(text) / 100 + sum(map(ord, text)) / 1e6 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    random_llama(folder / "policy", 24, hidden_size=32)
+    rows = [{"prompt": f"Say {i}: "} for i in range(48)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reshape_rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(job):
+    reporter = Recorder()
+    result = Pipeline(load_recipe(job / "recipe.yaml"), job / "out", reporter).run()
+    return job / "out", result, reporter
+
+
+def test_it_evaluates_the_mixture_and_every_comparator_plain_and_reshaped(finished):
+    out, result, reporter = finished
+    plan = json.loads((out / "plan.json").read_text())
+    own, identity = plan["transforms"]
+    assert 0 < own["mixture_weight"] < 0.8, "Best-of-4 at a tenth of a nat is a mixture with the reference"
+    assert "mixture_weight" not in identity
+    labels = [one["label"] for one in result["results"]]
+    assert labels[0] == "self-consistent-mixture"
+    assert "self-consistent" not in labels, "the model alone is only a part of the mixture"
+    assert "identity" in labels
+    assert "Reshape (self-consistent)" in reporter.done
+    assert "Reshape (identity)" in reporter.done
+    fitted = json.loads((out / "policies/self-consistent/reshaped/reshape.json").read_text())
+    assert fitted["chosen"]
+    predicted = fitted["reshaping"]["predictions"]
+    assert {"Standard", "Best-of-4"} <= set(predicted["win_rates"])
+
+
+def test_the_reshaped_policy_opens_from_its_folder_and_its_kl_is_measured(finished):
+    out, result, _ = finished
+    policy = open_policy(out / "policies/self-consistent/reshaped")
+    assert policy.fingerprint != open_policy(out / "policies/self-consistent/model").fingerprint
+    kls = json.loads((out / "rollouts/evaluation-self-consistent-mixture/kl.json").read_text())
+    own = next(one for one in result["results"] if one["label"] == "self-consistent-mixture")
+    assert np.mean(kls["exact_kl_PG"]) == pytest.approx(own["kl"]["estimate"])
+    if isinstance(policy, MixturePolicy):
+        assert 0 <= policy.weights[0] <= 1
+
+
+def test_every_step_has_the_kl_of_the_mixture_and_of_the_model_alone(finished):
+    out, *_ = finished
+    steps = [json.loads(line) for line in (out / "policies/self-consistent/steps.jsonl").read_text().splitlines()]
+    assert len(steps) == 6
+    assert all(step["kl"] <= step["aligned_kl"] + 1e-9 for step in steps), "a mixture is nearer to the reference"
+    assert json.loads((out / "policies/self-consistent/result.json").read_text())["landing"] is None
+
+
+def test_a_finished_run_does_nothing_again(job, finished):
+    reporter = Recorder()
+    Pipeline(load_recipe(job / "recipe.yaml"), job / "out", reporter).run()
+    assert reporter.done == [], reporter.lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("reshape=none", "give reshape: auto with training.mixture"),
+        ("training.solver=offline-regression", "online training"),
+        ("training.mixture={weight: 1.5}", "less than or equal to 1"),
+        ("reshape.kind=sideways", "auto"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(job, change, message):
+    overrides = [change]
+    if "solver" in change:
+        overrides += ["transform=optimal"]
+    with pytest.raises(InputError, match=message):
+        load_recipe(job / "recipe.yaml", overrides)
+
+
+def test_too_few_prompts_to_fit_on_are_refused_before_anything_is_computed(job, tmp_path):
+    recipe = load_recipe(job / "recipe.yaml", ["prompts.train=12"])
+    with pytest.raises(InputError, match="reshaping is fitted on"):
+        Pipeline(recipe, tmp_path / "out", Recorder()).run()
+    assert not (tmp_path / "out").exists()
