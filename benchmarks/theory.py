@@ -14,6 +14,8 @@ import numpy as np
 
 import infalign as ia
 from infalign.procedures import InferenceProcedure
+from infalign.theory.envelope import forget
+from infalign.theory.levels import level_masses
 from infalign.theory.plan import frontier, optimum_at_kl
 
 
@@ -26,6 +28,14 @@ def fastest_ms(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return min(times)
+
+
+def limit(
+    procedure: InferenceProcedure, kls: object, opponent: InferenceProcedure | None = None, levels: object = None
+) -> object:
+    """The limit from scratch: what was computed before is forgotten."""
+    forget()
+    return ia.limit(procedure, kls, opponent, levels=levels)  # pyright: ignore[reportArgumentType]
 
 
 def fixed_point(procedure: InferenceProcedure, beta: float, damping: float, most: int = 2000) -> tuple[float, float]:
@@ -90,10 +100,20 @@ def main() -> None:
                 f"{error:13.1e}{own_error:13.1e}"
             )
     print("\nother calls, ms")
+    curve = np.linspace(0.0, 2.0, 40)
+    valley = ia.FittedProcedure((0.75, 0, 0, 0, 0, 0, 0, 0.25), 1000)
+    levels = level_masses(np.random.default_rng(0).integers(0, 6, size=(200, 16)))
     calls: list[tuple[str, Callable[[], object]]] = [
         ("frontier, 50 points, Best-of-4", lambda: frontier(ia.BestOfN(4), 2.0, 50)),
         ("frontier, 50 points, Worst-of-4", lambda: frontier(ia.WorstOfN(4), 2.0, 50)),
-        ("limit at 40 KLs, Best-of-4", lambda: ia.limit(ia.BestOfN(4), np.linspace(0.0, 2.0, 40))),
+        ("limit at one KL, Best-of-4", lambda: limit(ia.BestOfN(4), 0.5)),
+        ("limit at 40 KLs, Best-of-4", lambda: limit(ia.BestOfN(4), curve)),
+        ("limit at 40 KLs, Worst-of-4", lambda: limit(ia.WorstOfN(4), curve)),
+        ("not concave: 3/4 worst, 1/4 best of 8", lambda: limit(valley, curve)),
+        ("not concave: Worst-of-4 v Best-of-4", lambda: limit(ia.WorstOfN(4), curve, ia.BestOfN(4))),
+        ("not concave: 5th of 9 v Best-of-16", lambda: limit(ia.OrderStatistic(k=5, n=9), curve, ia.BestOfN(16))),
+        ("with ties, 200 prompts, 6 levels", lambda: limit(ia.BestOfN(16), curve, levels=levels)),
+        ("plan at KL 1 inside a jump", lambda: ia.plan(valley, kl_budget=1.0)),
         ("optimum at KL 0.5, Best-of-4", lambda: optimum_at_kl(ia.BestOfN(4), 0.5)),
         ("plan at KL 0.5, Best-of-4", lambda: ia.plan(ia.BestOfN(4), kl_budget=0.5)),
         ("optimum, Best-of-10000, beta 0.1", lambda: ia.optimal_transform(ia.BestOfN(10_000), 0.1)),

@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from huggingface_hub import ModelCard, ModelCardData
 
 from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.tied_limit import tie_notes
 from infalign.run_folder import write_text
 from infalign.training.landing import Landing
 from infalign.wording import counted
@@ -171,12 +172,15 @@ def _measured(result: MethodResult | None) -> str:
         f"{'' if entry.limit is None else f'{100 * entry.limit:.1f} %'} |"
         for entry in result.procedures
     )
+    notes = " ".join(tie_notes([result], [entry.procedure for entry in result.procedures]))
     return (
         f"On {counted(result.num_prompts, 'held-out prompt')}, {counted(result.num_samples, 'fresh response')} "
         f"each, judged by "
         f"{plain(result.reward)}; {100 * result.confidence:g} % intervals, prompts being the independent unit.\n\n"
         f"Sequence-level KL from the reference: {_interval(result.kl, 1, 3)} nats.\n\n"
-        "| used as | win rate over the reference used the same way | limit at this KL |\n|---|---|---|\n" + rows
+        "| used as | win rate over the reference used the same way | limit at this KL |\n|---|---|---|\n"
+        + rows
+        + (f"\n\n{plain(notes)}" if notes else "")
     )
 
 

@@ -114,3 +114,13 @@ def test_what_is_no_mass_is_refused(levels):
 def test_rewards_that_are_no_table_are_refused(rewards):
     with pytest.raises(ia.InputError, match="finite rewards"):
         level_masses(rewards)
+
+
+@pytest.mark.parametrize("procedure", [ia.BestOfN(4), ia.WorstOfN(4)], ids=label)
+def test_a_prompt_with_one_level_has_nothing_to_win(procedure):
+    assert ia.limit(procedure, [0.0, 0.5], levels=[1.0]) == pytest.approx([0.5, 0.5])
+    one = ia.limit(procedure, [0.1, 0.2], levels=[0.5, 0.5])
+    # With a second prompt that cannot be moved, half of the mean KL is spent for half of the mean gain.
+    both = ia.limit(procedure, [0.05, 0.1], levels=[[0.5, 0.5], [1.0, 0.0]])
+    assert both == pytest.approx(0.25 + one / 2, abs=2e-6)
+    assert ia.limit(procedure, [0.1, 0.2], levels=[0.5, 0.0, 0.5]) == pytest.approx(one, abs=1e-9)

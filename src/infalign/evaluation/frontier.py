@@ -38,12 +38,14 @@ class Frontier:
         points: One point for each method, as measured.
         limit_kls: KLs in nats at which the limit was computed, from 0; empty where the procedure could not be stored.
         limit_win_rates: Best win rate at each of them.
+        limit_with_ties: Whether the curve is that for the reward levels as they are.
     """
 
     procedure: str
     points: list[FrontierPoint]
     limit_kls: list[float]
     limit_win_rates: list[float]
+    limit_with_ties: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
@@ -83,8 +85,12 @@ def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_point
     if spec is not None and reach > 0:
         # The limit rises like √KL from the origin: points evenly spaced in √KL draw it smoothly.
         kls = reach * np.linspace(0, 1, num_limit_points) ** 2
-        win_rates = limit(procedure_from_dict(spec), kls)
-        return Frontier(procedure, points, [float(kl) for kl in kls], [float(rate) for rate in win_rates])
+        tied = next((entry for result in results if (entry := result.of(procedure).tied_limit) is not None), None)
+        if tied is None:
+            win_rates = limit(procedure_from_dict(spec), kls)
+        else:
+            win_rates = np.interp(np.sqrt(kls), np.sqrt(tied.kls), tied.win_rates)
+        return Frontier(procedure, points, kls.tolist(), win_rates.tolist(), limit_with_ties=tied is not None)
     return Frontier(procedure, points, [], [])
 
 

@@ -11,8 +11,8 @@ from infalign.errors import InputError
 from infalign.estimators import Estimate, WinRate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
 from infalign.evaluation.diagnostics import diagnose
 from infalign.evaluation.results import Band, Measured, MethodResult, OverN, ProcedureResult, known
+from infalign.evaluation.tied_limit import limit_at, ref_levels
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
-from infalign.theory.plan import limit
 
 CURVE_POINTS = 40  # N at most on a curve over N; with more samples they are spread evenly in log N
 
@@ -90,6 +90,7 @@ def measure(
     useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
     # A ratio to a KL that may be zero says nothing.
     efficiency = efficiency_of(useful, kl) if kl.confidence_interval[0] > 0 else None
+    levels = ref_levels(ref_rewards_PK)
     return MethodResult(
         label=label,
         reward=reward,
@@ -103,7 +104,7 @@ def measure(
         kl_efficiency_error=None if efficiency is None else known(efficiency.standard_error),
         procedures=[
             _procedure_result(
-                procedure, rates[i], kl, {name: Measured.of(values[i]) for name, values in judged.items()}
+                procedure, rates[i], kl, levels, {name: Measured.of(values[i]) for name, values in judged.items()}
             )
             for i, procedure in enumerate(procedures)
         ],
@@ -153,26 +154,38 @@ def _over_n(
 
 
 def _procedure_result(
-    procedure: InferenceProcedure, rate: Estimate, kl: Estimate, judged: dict[str, Measured]
+    procedure: InferenceProcedure,
+    rate: Estimate,
+    kl: Estimate,
+    levels: np.ndarray | None,
+    judged: dict[str, Measured],
 ) -> ProcedureResult:
     """Win rate, limit at the measured KL, and the share of the limit's gain that was reached."""
     best = captured = None
     if kl.estimate > 0:  # below the reference's own KL there is nothing to be had
-        step = 0.01 * kl.estimate
-        below, best, above = (float(value) for value in limit(procedure, kl.estimate + step * np.array([-1, 0, 1])))
-        gain = best - 0.5
+        best = limit_at(procedure, kl.estimate, levels)
+        gain = best.win_rate - 0.5
         if gain > 0:
             share = (rate.estimate - 0.5) / gain
-            slope = (above - below) / (2 * step)
             influence_P = (
-                share + ((rate.per_prompt - rate.estimate) - share * slope * (kl.per_prompt - kl.estimate)) / gain
+                share + ((rate.per_prompt - rate.estimate) - share * best.slope * (kl.per_prompt - kl.estimate)) / gain
             )
             captured = Measured.of(mean_estimate(influence_P, confidence=rate.confidence))
     try:
         spec = procedure.to_dict()
     except InputError:  # a user's own procedure need not be storable
         spec = None
-    return ProcedureResult(procedure.label, procedure.n, spec, Measured.of(rate), best, captured, judged)
+    return ProcedureResult(
+        procedure.label,
+        procedure.n,
+        spec,
+        Measured.of(rate),
+        None if best is None else best.win_rate,
+        captured,
+        judged,
+        limit_without_ties=None if best is None else best.without_ties,
+        tied_limit=None if best is None else best.tied,
+    )
 
 
 def _tie_share(rewards_PG: np.ndarray, ref_rewards_PK: np.ndarray) -> float:

@@ -31,6 +31,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class TiedLimit:
+    """The limit for a reward with ties, as a curve: KLs in nats from 0, and the best win rate at each."""
+
+    kls: list[float]
+    win_rates: list[float]
+
+
+@dataclass(frozen=True)
 class ProcedureResult:
     """One method under one inference-time procedure.
 
@@ -40,11 +48,15 @@ class ProcedureResult:
         spec: `InferenceProcedure.to_dict`; None for a procedure that cannot be stored.
         win_rate: Against the reference under the same procedure (M10).
         limit: Best win rate that any policy depending on calibrated rewards alone reaches at the measured KL; None
-            where the measured KL is not above zero.
+            where the measured KL is not above zero. Where the reference's responses tie so often that it makes more
+            than half a point, it is the limit for its reward levels as they are.
         captured: Share of the gain to be had at that KL, (W − ½) / (limit − ½), with an error that takes in the
             KL's; None where `limit` is.
         judged: Win rate by each further reward where the procedure still chooses by the first: what a user gets if
             that other reward is the truth.
+        limit_without_ties: What `limit` would be for a continuous reward; None where `limit` is, and in evaluations
+            that were stored before ties were taken into account.
+        tied_limit: The limit with ties at every KL, where `limit` is with ties.
     """
 
     procedure: str
@@ -54,6 +66,8 @@ class ProcedureResult:
     limit: float | None
     captured: Measured | None
     judged: dict[str, Measured] = field(default_factory=dict)
+    limit_without_ties: float | None = None
+    tied_limit: TiedLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +260,7 @@ class MethodResult:
                         "win_rate": Measured(**entry["win_rate"]),
                         "captured": None if entry["captured"] is None else Measured(**entry["captured"]),
                         "judged": {name: Measured(**value) for name, value in entry.get("judged", {}).items()},
+                        "tied_limit": None if (tied := entry.get("tied_limit")) is None else TiedLimit(**tied),
                     }
                 )
                 for entry in fields["procedures"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from infalign.errors import InputError
 from infalign.evaluation.runs import ComparedRuns
+from infalign.evaluation.tied_limit import tie_notes
 from infalign.report.figures import save_frontier_png
 from infalign.report.page import ReportData, write_report
 from infalign.report.table import columns, with_margin
@@ -37,6 +38,7 @@ def comparison_text(compared: ComparedRuns) -> str:
         f"{compared.procedure} win rate against the reference used the same way, in %, ± {first.confidence:.0%} "
         f"interval; {counted(first.num_prompts, 'prompt')}.",
         "In brackets the theoretical limit at the measured KL.",
+        *tie_notes(compared.results, [compared.procedure]),
         "",
         *columns(rows),
     ]

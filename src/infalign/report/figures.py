@@ -83,7 +83,7 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": "theoretical limit",
+                "name": "theoretical limit, with ties" if data.limit_with_ties else "theoretical limit",
                 "x": data.limit_kls,
                 "y": data.limit_win_rates,
                 "line": {"color": REFERENCE_COLOUR, "width": 2},

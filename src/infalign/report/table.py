@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.tied_limit import tie_notes
 from infalign.wording import counted
 
 
@@ -45,6 +46,7 @@ def text_table(
         f"{counted(first.num_prompts, 'held-out prompt' if held_out else 'prompt')} × "
         f"{counted(first.num_samples, 'fresh rollout')} per model.",
         f"In brackets the theoretical limit at the measured KL. Judge: {judge or first.reward}.",
+        *tie_notes(results, labels),
         "",
         *columns([header, *rows]),
         "",

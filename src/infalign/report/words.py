@@ -11,6 +11,7 @@ import numpy as np
 from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.compare import Comparison
 from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.tied_limit import tie_notes
 from infalign.wording import counted
 
 
@@ -87,7 +88,7 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
         "another reward, or prompts of another kind.",
         "A higher win rate at a higher KL is not a better method: compare points at the same KL, or against the limit.",
         "The limit is the best that any policy can do that depends on a response through its calibrated reward alone, "
-        "at that KL. It is a yardstick under continuous rewards, not a promise that training can reach it.",
+        "at that KL. It is a yardstick, not a promise that training can reach it.",
         f"Each interval holds at {level} for itself. Claims marked resolved hold at {level} for all claims of their "
         "kind together (Holm); those between methods also hold at matched KL, if frontiers rise and are concave.",
     ]
@@ -121,10 +122,9 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
                 "them."
             )
         if result.tie_share > 0.05:
-            found.append(
-                f"{result.label}: {result.tie_share:.0%} of the pairs are ties, counted one half. The limit assumes "
-                "none, so it is only a guide here."
-            )
+            notes = tie_notes([result], [entry.procedure for entry in result.procedures])
+            ties = f"{result.label}: {result.tie_share:.0%} of the pairs are ties, counted one half."
+            found.append(" ".join([ties, *notes]))
         if result.truncated_share is not None and result.truncated_share > 0.02:
             found.append(
                 f"{result.label}: {result.truncated_share:.1%} of the responses were cut off before their end; they "
@@ -217,6 +217,7 @@ def markdown_table(
         lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
     lines += [
         "",
+        *tie_notes([furthest], labels),
         f"{counted(results[0].num_prompts, 'prompt')}; {results[0].confidence:.0%} intervals clustered by prompt.",
     ]
     lines += [f"- {cell(c.sentence)}" for c in comparisons if c.procedure in labels]

@@ -253,10 +253,23 @@ class Envelope:
         return largest
 
 
-@lru_cache(maxsize=8)
 def envelope_of(objective: Objective) -> Envelope:
-    """The envelope of an objective, kept with what was computed of it."""
+    """The envelope of an objective. It is kept with what was computed of it, if its procedures can be hashed."""
+    try:
+        hash(objective)
+    except TypeError:
+        return Envelope(Densities(objective))
+    return _kept(objective)
+
+
+@lru_cache(maxsize=8)
+def _kept(objective: Objective) -> Envelope:
     return Envelope(Densities(objective))
+
+
+def forget() -> None:
+    """Drop all envelopes that are kept."""
+    _kept.cache_clear()
 
 
 def _better(one: Point, other: Point) -> bool:

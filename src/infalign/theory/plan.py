@@ -161,14 +161,17 @@ def plan(
     others = (others,) if isinstance(others, InferenceProcedure) else tuple(others)
     for other in others:
         check_is_procedure(other, "others")
-    Objective.of(procedure, opponent)
+    unique = Objective.of(procedure, opponent).unique
+    named = None
     if beta is not None:
         optimum = optimal_transform(procedure, beta, opponent)
-        tilts, left_out = named_tilts(procedure, optimum.kl, opponent)
-    else:
+    elif unique:
+        optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
+    else:  # inside a jump the named transforms are starts too, so that none of them can be better
         kl = checked_kl(cast(float, kl_budget))
-        tilts, left_out = named_tilts(procedure, kl, opponent)
-        optimum = optimum_at_kl(procedure, kl, opponent, [tilt.transform for tilt, *_ in tilts])
+        named = named_tilts(procedure, kl, opponent)
+        optimum = optimum_at_kl(procedure, kl, opponent, [tilt.transform for tilt, *_ in named[0]])
+    tilts, left_out = named_tilts(procedure, optimum.kl, opponent) if named is None else named
     highest, note = _limit_of(optimum)
     best = _option(optimum.tilt, "optimal", procedure, opponent, others, note, known=optimum)
     alternatives = [_option(tilt, label, procedure, opponent, others, note) for tilt, label, note in tilts]

@@ -141,7 +141,11 @@ class GlobalSearch:
 def _quantiles(sides: Sequence[InferenceProcedure]) -> list[Array]:
     """Where the distortions rise, in t: a narrow procedure gets its grid points there."""
     levels = np.linspace(0.0, 1.0, max(_QUANTILES // len(sides), 10) + 2)[1:-1]
-    return [np.interp(levels, side.distortion(expit(_FINE_T)), _FINE_T) for side in dict.fromkeys(sides)]
+    return [
+        np.interp(levels, side.distortion(expit(_FINE_T)), _FINE_T)
+        for i, side in enumerate(sides)
+        if side not in sides[:i]
+    ]
 
 
 def _value(objective: Objective, beta: float, mesh: Mesh, density: Array) -> float:
