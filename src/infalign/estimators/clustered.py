@@ -81,7 +81,8 @@ def mean_estimate(
         per_prompt: (P,) independent values.
         confidence: Level of the interval, between 0 and 1.
         bounds: Least and largest value that a prompt can have, if they are known. The interval stays within them.
-        long_tail: Whether values are known to have a long upper tail; see `intervals.skewed_ends`.
+        long_tail: Whether values are known to have a long upper tail, as KLs have. A sample then shows less skewness
+            than there is, and the upper end is computed with `intervals.LONG_TAIL` times as much.
 
     Raises:
         InputError: If a value is not finite, or there is none.
@@ -94,8 +95,11 @@ def mean_estimate(
         ends = intervals.unseen_ends(estimate, bounds, values.size, confidence)
     else:
         t = intervals.t_quantile(values.size, confidence)
-        skew = intervals.skewness(values)
-        ends = intervals.skewed_ends(estimate, standard_error, skew, values.size, t, long_tail=long_tail)
+        shown = intervals.skewness(values)
+        skew = intervals.told_from_none(shown, values.size)
+        upper_skew = max(skew, intervals.LONG_TAIL * shown) if long_tail else skew
+        hall = intervals.hall_ends(estimate, standard_error, skew, values.size, t, upper_skew=upper_skew)
+        ends = intervals.widest((estimate - t * standard_error, estimate + t * standard_error), hall)
     return Estimate(estimate, standard_error, intervals.within(ends, bounds), values, confidence, bounds=bounds)
 
 
@@ -115,18 +119,23 @@ def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95, least_err
     values = checked(per_prompt, "per_prompt", axes="P")
     if values.min() < 0 or values.max() > 1:
         raise InputError("shares must lie in [0, 1]", where="per_prompt")
-    plain = mean_estimate(values, confidence=confidence, bounds=(0.0, 1.0))
-    if values.size == 1:
-        return plain
-    estimate, standard_error = plain.estimate, max(plain.standard_error, least_error)
-    variance = estimate * (1 - estimate)
-    ends = plain.confidence_interval
+    num_prompts, bounds = values.size, (0.0, 1.0)
+    estimate, spread_error = mean_and_error(values, confidence)
+    if num_prompts == 1:
+        return Estimate(estimate, spread_error, bounds, values, confidence, bounds=bounds)
+    standard_error, variance = max(spread_error, least_error), estimate * (1 - estimate)
+    t, ends = intervals.t_quantile(num_prompts, confidence), list[Ends]()
+    if spread_error == 0:
+        ends.append(intervals.unseen_ends(estimate, bounds, num_prompts, confidence))
+    elif skew := intervals.told_from_none(intervals.skewness(values), num_prompts):
+        low, high = intervals.hall_ends(estimate, spread_error, skew, num_prompts, t, upper_skew=skew)
+        ends.append((estimate, high) if skew > 0 else (low, estimate))  # on the side of the tail
     if variance == 0 or standard_error > 0:
         # Where all is won or all lost, the number of prompts is the least that the effective number can be.
-        effective = variance / standard_error**2 if variance > 0 else values.size
-        score = intervals.wilson_ends(estimate, effective, intervals.t_quantile(values.size, confidence))
-        ends = intervals.widest(score, ends)
-    return Estimate(estimate, standard_error, ends, values, confidence, bounds=(0.0, 1.0))
+        effective = variance / standard_error**2 if variance > 0 else num_prompts
+        ends.append(intervals.wilson_ends(estimate, effective, t))
+    interval = intervals.within(intervals.widest(*ends), bounds)
+    return Estimate(estimate, standard_error, interval, values, confidence, bounds=bounds)
 
 
 def paired_difference(a: Estimate, b: Estimate, *, confidence: float | None = None) -> Difference:

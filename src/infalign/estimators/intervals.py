@@ -69,24 +69,18 @@ def bent(level: float, skew: float, num_prompts: int) -> float:
     return (float(np.cbrt(1 + 3 * b * (level - b / 2))) - 1) / b
 
 
-def skewed_ends(mean: float, error: float, skew: float, num_prompts: int, t: float, *, long_tail: bool = False) -> Ends:
-    """The wider of Student's t and Hall's transformed t at each end.
+def hall_ends(mean: float, error: float, skew: float, num_prompts: int, t: float, *, upper_skew: float) -> Ends:
+    """The interval of Hall's transformed t.
 
     Args:
         mean: Mean over prompts.
         error: Its standard error.
-        skew: Sample skewness of the values.
+        skew: Skewness of the values, see `told_from_none`.
         num_prompts: P.
         t: Quantile of Student's t.
-        long_tail: Whether values are known to have a long upper tail, as KLs have. The sample then shows less skewness
-            than there is, and the upper end is computed with `LONG_TAIL` times as much.
+        upper_skew: Skewness that the upper end is computed with.
     """
-    clear = told_from_none(skew, num_prompts)
-    upper = max(clear, LONG_TAIL * skew) if long_tail else clear
-    return (
-        mean - error * max(t, bent(t, clear, num_prompts)),
-        mean + error * max(t, -bent(-t, upper, num_prompts)),
-    )
+    return mean - error * bent(t, skew, num_prompts), mean - error * bent(-t, upper_skew, num_prompts)
 
 
 def wilson_ends(share: float, effective: float, t: float) -> Ends:
