@@ -4,7 +4,7 @@
 
 Ground truth. Reference rewards are standard normal; policy rewards are shifted by δ, which differs between prompts
 (mean 0.4, standard deviation 0.5). With ties, rewards are rounded to whole numbers. Truth comes from quadrature over δ,
-so the bias column has no error but that of the estimates' own mean.
+so the bias column has no error but that of the estimates' own mean. The tables of `benchmarks/intervals.py` follow.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+import intervals  # beside this file
 from infalign.estimators import mean_estimate, win_rate, win_rates
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 
@@ -173,6 +174,7 @@ def main() -> None:
         "coverage_near_one": coverage_near_one(rng, 400 * scale),
         "naive": against_naive(rng, 4_000_000 * scale),
         "speed": speed(rng, 10_000),
+        "intervals": intervals.everything(rng, 400 * scale),
     }
     if options.json:
         print(json.dumps(results, indent=2))
@@ -181,6 +183,8 @@ def main() -> None:
     print("\n## Coverage where nearly every prompt is won\n\n" + table(results["coverage_near_one"]))
     print("\n## Against naive estimators, same samples\n\n" + table(results["naive"]))
     print("\n## Speed\n\n" + table([results["speed"]]))
+    for title, rows in results["intervals"].items():
+        print(f"\n## {title}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def straightened(t: float, skew: float, num_prompts: int) -> float:
 def bent(level: float, skew: float, num_prompts: int) -> float:
     """Inverse of `straightened`."""
     b = skew / (3 * math.sqrt(num_prompts))
-    if abs(b) < 1e-6:
-        return level - b / 2
+    if abs(b) < 1e-5:  # what the general form loses to rounding
+        return level - b * level**2 - b / 2
     return (float(np.cbrt(1 + 3 * b * (level - b / 2))) - 1) / b
 
 

@@ -25,10 +25,10 @@ class WinRate(Estimate):
     """Win rate of a procedure on the policy over one on the reference (M8, estimated by M10).
 
     The interval is Wilson's score interval with the effective number of prompts, W(1 − W)/SE², and Student's t quantile
-    (Kott and Carr 1997, for clustered samples). Where values are clearly skewed, as near 0 and 1, the end on the side of
-    their tail is that of Hall's transformed t if this is farther out. It lies within [0, 1] and is mirrored when the
-    models are swapped. If all prompts have one value there is no spread to measure: the interval is then what so many
-    equal values leave possible for others.
+    (Kott and Carr 1997, for clustered samples). Where values are clearly skewed, as near 0 and 1, the end on the side
+    of their tail is that of Hall's transformed t if this is farther out. It lies within [0, 1] and is mirrored when
+    the models are swapped. If all prompts have one value there is no spread to measure: the interval is then what so
+    many equal values leave possible for others.
     """
 
     procedure: str

@@ -166,7 +166,7 @@ def matched_difference(
 def _on_chord(wins_P: np.ndarray, kls_P: np.ndarray, target_kls_P: np.ndarray) -> np.ndarray:
     """Win rate at the target KL on the chord from (0, ½), as values whose mean and spread are right to first order."""
     win, kl, target = wins_P.mean(), kls_P.mean(), target_kls_P.mean()
-    if kl <= 0:  # neither side has moved
+    if kl <= 0:  # neither side has moved: what was won at such a KL was won by chance
         return 0.5 + (wins_P - win)
     ratio = max(target, 0.0) / kl
     return 0.5 + ratio * (wins_P - 0.5) + (win - 0.5) / kl * ((target_kls_P - target) - ratio * (kls_P - kl))

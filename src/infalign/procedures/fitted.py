@@ -249,8 +249,8 @@ def _likelihood(ranks: Array, degree: int, num_ref: int | None) -> Array:
 def _rank_counts(ranks: Array, num_ref: int) -> Array:
     """How many ranks had 0..K references below; a tie with one of them is half a count on either side."""
     doubled = np.rint(2.0 * ranks * num_ref).astype(np.intp)
-    counts = np.bincount(doubled // 2, minlength=num_ref + 1) + np.bincount((doubled + 1) // 2, minlength=num_ref + 1)
-    return 0.5 * counts
+    sides = np.concatenate([doubled // 2, (doubled + 1) // 2])
+    return np.bincount(sides, minlength=num_ref + 1).astype(np.float64) / 2.0
 
 
 def _compatible(rank_counts: Array, margin: float) -> tuple[Array, Array, Array]:
