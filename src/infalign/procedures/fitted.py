@@ -265,6 +265,7 @@ def _compatible(rank_counts: Array, margin: float) -> tuple[Array, Array, Array]
     limits = np.concatenate([seen + margin, -(seen - margin)])
     matrix = np.concatenate([at_high, -at_low])
     lows, highs = np.zeros(num_knots), np.ones(num_knots)
+    lows[-1], highs[0] = 1.0, 0.0  # every H runs from 0 to 1
     for knot in range(1, num_knots - 1):
         inside = (edges[1:] <= knot / (num_knots - 1) + 1e-12).astype(np.float64)
         for sign, ends in ((1.0, lows), (-1.0, highs)):

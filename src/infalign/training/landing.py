@@ -102,8 +102,9 @@ def aim(rounds: Sequence[Round], kl_budget: float) -> Round:
     lever = len(rounds) * float(weights @ (x - mean_x) ** 2)
     rise = len(rounds) * float(weights @ ((x - mean_x) * (y - mean_y - 2 * (x - mean_x))))
     slope = 2 + rise / (lever + (ROUND_NOISE / SLOPE_SPREAD) ** 2)
-    slope = min(4.0, max(1.0, slope))
-    scale = min(LARGEST, max(SMALLEST, math.exp(mean_x + (target - mean_y) / slope)))
+    slope = max(slope, 0.1)  # a KL that does not rise with the scale leaves the scale at a limit
+    scale = math.exp(min(math.log(LARGEST), max(math.log(SMALLEST), mean_x + (target - mean_y) / slope)))
+    scale = min(LARGEST, max(SMALLEST, scale))
     kl = overshoot * math.exp(mean_y + slope * (math.log(scale) - mean_x))
     return Round(scale, kl, relative * kl)
 
