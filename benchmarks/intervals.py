@@ -1,6 +1,6 @@
 """How often nominal 95 % intervals hold, by simulation, where few or unusual prompts make it hard.
 
-    python benchmarks/intervals.py [--quick] [--json]
+    python benchmarks/intervals.py [--trials 4000] [--json]
 
 Every row draws data sets of P prompts from a population whose truth is known, and counts the intervals that hold it:
 `coverage`, with `above` and `below` the shares of intervals that lie wholly above or below the truth; `plain_t` is the
@@ -300,10 +300,10 @@ def everything(rng: np.random.Generator, trials: int) -> dict[str, list[Row]]:
 def main() -> None:
     """Run everything and print Markdown or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the simulations")
+    parser.add_argument("--trials", type=int, default=4000, help="data sets for each row; slow rows take fewer")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options = parser.parse_args()
-    found = everything(np.random.default_rng(20250101), 400 if options.quick else 4000)
+    found = everything(np.random.default_rng(20250101), options.trials)
     if options.json:
         print(json.dumps(found, indent=2))
         return

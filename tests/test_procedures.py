@@ -202,9 +202,9 @@ def test_noise_of_finite_reference_ranks_is_not_mistaken_for_the_procedure():
 
 @pytest.mark.parametrize("num_ref", [None, 16])
 def test_the_band_holds_what_order_statistics_cannot_follow(num_ref):
-    # A procedure uniform on the top tenth. Nine data sets at a level of 99.9 %: a false alarm in 100 runs (seeded).
+    # A procedure uniform on the top tenth. Three data sets at a level of 99.9 %: false alarm 0.003 (seeded).
     q = np.linspace(0, 1, 101)
-    for seed in range(9):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         ranks = 0.9 + 0.1 * rng.random(200)
         if num_ref is not None:
@@ -215,7 +215,7 @@ def test_the_band_holds_what_order_statistics_cannot_follow(num_ref):
         assert ((low <= truth + 1e-9) & (truth <= high + 1e-9)).all()
         assert (low <= fitted.distortion(q)).all()
         assert (fitted.distortion(q) <= high).all()
-        assert (np.diff(high) >= -1e-9).all() or num_ref is None
+        assert (np.diff(high) >= 0).all()
         if seed == 0:
             assert procedure_from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
 

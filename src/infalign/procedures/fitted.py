@@ -273,6 +273,8 @@ def _compatible(rank_counts: Array, margin: float) -> tuple[Array, Array, Array]
             if found.status == 0:  # else no distribution is that near: keep what holds for any, 0 and 1
                 # The solver keeps its constraints to 1e-7.
                 ends[knot] = min(max(sign * float(found.fun) - sign * 1e-6, 0.0), 1.0)
+    # Increasing, up to what the solver leaves; the outer ends of that are kept.
+    lows, highs = np.minimum.accumulate(lows[::-1])[::-1], np.maximum.accumulate(highs)
     return np.linspace(0.0, 1.0, num_knots), lows, highs
 
 
