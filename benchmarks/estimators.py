@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 import intervals  # beside this file
-from infalign.estimators import mean_estimate, win_rate, win_rates
+from infalign.estimators import win_rate, win_rates
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 
 SHIFT_MEAN, SHIFT_SD = 0.4, 0.5
@@ -85,8 +85,7 @@ def coverage_near_one(rng: np.random.Generator, trials: int) -> list[dict[str, o
             for _ in range(trials):
                 got = win_rate(*draw(rng, num_prompts, 16, False, shift_mean), BestOfN(4))
                 hits += got.confidence_interval[0] <= truth <= got.confidence_interval[1]
-                low, high = mean_estimate(got.per_prompt).confidence_interval
-                plain += low <= truth <= high
+                plain += abs(got.estimate - truth) <= stats.t.ppf(0.975, num_prompts - 1) * got.standard_error
             rows.append({"P": num_prompts, "M": 16, "W": truth, "coverage": hits / trials, "plain_t": plain / trials})
     return rows
 

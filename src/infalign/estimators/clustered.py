@@ -82,7 +82,7 @@ def mean_estimate(
         confidence: Level of the interval, between 0 and 1.
         bounds: Least and largest value that a prompt can have, if they are known. The interval stays within them.
         long_tail: Whether values are known to have a long upper tail, as KLs have. A sample then shows less skewness
-            than there is, and the upper end is computed with `intervals.LONG_TAIL` times as much.
+            than there is, and the upper end is computed with `intervals.KL_TAIL` times as much.
 
     Raises:
         InputError: If a value is not finite, or there is none.
@@ -97,7 +97,7 @@ def mean_estimate(
         t = intervals.t_quantile(values.size, confidence)
         shown = intervals.skewness(values)
         skew = intervals.told_from_none(shown, values.size)
-        upper_skew = max(skew, intervals.LONG_TAIL * shown) if long_tail else skew
+        upper_skew = max(skew, intervals.KL_TAIL * shown) if long_tail else skew
         hall = intervals.hall_ends(estimate, standard_error, skew, values.size, t, upper_skew=upper_skew)
         ends = intervals.widest((estimate - t * standard_error, estimate + t * standard_error), hall)
     return Estimate(estimate, standard_error, intervals.within(ends, bounds), values, confidence, bounds=bounds)
@@ -127,7 +127,7 @@ def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95, least_err
     t, ends = intervals.t_quantile(num_prompts, confidence), list[Ends]()
     if spread_error == 0:
         ends.append(intervals.unseen_ends(estimate, bounds, num_prompts, confidence))
-    elif skew := intervals.told_from_none(intervals.skewness(values), num_prompts):
+    elif skew := intervals.SHARE_TAIL * intervals.told_from_none(intervals.skewness(values), num_prompts):
         low, high = intervals.hall_ends(estimate, spread_error, skew, num_prompts, t, upper_skew=skew)
         ends.append((estimate, high) if skew > 0 else (low, estimate))  # on the side of the tail
     if variance == 0 or standard_error > 0:

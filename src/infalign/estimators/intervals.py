@@ -17,7 +17,9 @@ FloatArray = NDArray[np.float64]
 Ends = tuple[float, float]
 
 UNBOUNDED: Ends = (-math.inf, math.inf)
-LONG_TAIL = 1.5  # a sample of P values shows less skewness than a long tail has; found by simulation for KLs
+# A sample of P values shows less skewness than there is in a long tail. So the end on its side is computed with so many
+# times the skewness; found by simulation (benchmarks/intervals.py).
+KL_TAIL, SHARE_TAIL = 1.5, 1.25
 
 
 def t_quantile(num_prompts: int, confidence: float) -> float:
