@@ -4,7 +4,7 @@
 
 Ground truth. Reference rewards are standard normal; policy rewards are shifted by δ, which differs between prompts
 (mean 0.4, standard deviation 0.5). With ties, rewards are rounded to whole numbers. Truth comes from quadrature over δ,
-so the bias column has no error but that of the estimates' own mean.
+so the bias column has no error but that of the estimates' own mean. The tables of `benchmarks/intervals.py` follow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from infalign.estimators import mean_estimate, win_rate, win_rates
+import intervals  # beside this file
+from infalign.estimators import win_rate, win_rates
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 
 SHIFT_MEAN, SHIFT_SD = 0.4, 0.5
@@ -84,8 +85,7 @@ def coverage_near_one(rng: np.random.Generator, trials: int) -> list[dict[str, o
             for _ in range(trials):
                 got = win_rate(*draw(rng, num_prompts, 16, False, shift_mean), BestOfN(4))
                 hits += got.confidence_interval[0] <= truth <= got.confidence_interval[1]
-                low, high = mean_estimate(got.per_prompt).confidence_interval
-                plain += low <= truth <= high
+                plain += abs(got.estimate - truth) <= stats.t.ppf(0.975, num_prompts - 1) * got.standard_error
             rows.append({"P": num_prompts, "M": 16, "W": truth, "coverage": hits / trials, "plain_t": plain / trials})
     return rows
 
@@ -173,6 +173,7 @@ def main() -> None:
         "coverage_near_one": coverage_near_one(rng, 400 * scale),
         "naive": against_naive(rng, 4_000_000 * scale),
         "speed": speed(rng, 10_000),
+        "intervals": intervals.everything(rng, 400 * scale),
     }
     if options.json:
         print(json.dumps(results, indent=2))
@@ -181,6 +182,8 @@ def main() -> None:
     print("\n## Coverage where nearly every prompt is won\n\n" + table(results["coverage_near_one"]))
     print("\n## Against naive estimators, same samples\n\n" + table(results["naive"]))
     print("\n## Speed\n\n" + table([results["speed"]]))
+    for title, rows in results["intervals"].items():
+        print(f"\n## {title}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

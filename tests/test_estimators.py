@@ -384,13 +384,21 @@ def test_estimates_read_well():
     assert text == "Estimate(0.5000 ± 0.0100, 95% interval 0.4800 to 0.5200, 10 prompts)"
 
 
+def score_interval(share, effective, t):
+    """Wilson's ends as the roots of (share − W)² = t² W (1 − W) / n."""
+    return sorted(np.roots([1 + t**2 / effective, -(2 * share + t**2 / effective), share**2]))
+
+
 def test_a_share_has_the_score_interval_of_its_prompts():
-    # Textbook value (Wilson, z = t with 9 degrees of freedom): 3 of 10 prompts, each all or nothing.
-    share = share_estimate([1.0] * 3 + [0.0] * 7)
-    effective = 9.0  # W(1 − W) / SE² with the sample variance
-    t_squared = stats.t.ppf(0.975, 9) ** 2
-    ends = np.roots([1 + t_squared / effective, -(0.6 + t_squared / effective), 0.09])
-    np.testing.assert_allclose(share.confidence_interval, sorted(ends), rtol=1e-12)
+    # Textbook value (Wilson, z = t with 9 degrees of freedom): 5 of 10 prompts, each all or nothing.
+    t = stats.t.ppf(0.975, 9)
+    share = share_estimate([1.0] * 5 + [0.0] * 5)
+    np.testing.assert_allclose(share.confidence_interval, score_interval(0.5, 9.0, t), rtol=1e-12)  # n = W(1 − W) / SE²
+    # Where the values are clearly skewed, the end on the side of their tail is Hall's.
+    low, high = share_estimate([1.0] * 2 + [0.0] * 28).confidence_interval
+    score = score_interval(2 / 30, 29.0, stats.t.ppf(0.975, 29))
+    assert low == pytest.approx(score[0])
+    assert high > score[1]
     assert share_estimate([0.0] * 30).confidence_interval[0] == 0.0
     assert 0.1 < share_estimate([0.0] * 30).confidence_interval[1] < 0.15
     with pytest.raises(InputError, match=r"\[0, 1\]"):

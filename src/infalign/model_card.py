@@ -169,7 +169,7 @@ def _measured(result: MethodResult | None) -> str:
         return "Not yet."
     rows = "\n".join(
         f"| {plain(entry.procedure)} | {_interval(entry.win_rate, 100, 1)} % | "
-        f"{'' if entry.limit is None else f'{100 * entry.limit:.1f} %'} |"
+        f"{'' if entry.limit is None or not result.moved else f'{100 * entry.limit:.1f} %'} |"
         for entry in result.procedures
     )
     notes = " ".join(tie_notes([result], [entry.procedure for entry in result.procedures]))
@@ -177,7 +177,8 @@ def _measured(result: MethodResult | None) -> str:
         f"On {counted(result.num_prompts, 'held-out prompt')}, {counted(result.num_samples, 'fresh response')} "
         f"each, judged by "
         f"{plain(result.reward)}; {100 * result.confidence:g} % intervals, prompts being the independent unit.\n\n"
-        f"Sequence-level KL from the reference: {_interval(result.kl, 1, 3)} nats.\n\n"
+        f"Sequence-level KL from the reference: {_interval(result.kl, 1, 3)} nats"
+        f"{'' if result.moved else ': it has hardly moved, if at all'}.\n\n"
         "| used as | win rate over the reference used the same way | limit at this KL |\n|---|---|---|\n"
         + rows
         + (f"\n\n{plain(notes)}" if notes else "")

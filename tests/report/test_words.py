@@ -7,7 +7,7 @@ import numpy as np
 from infalign.estimators import mean_estimate
 from infalign.evaluation.results import Measured
 from infalign.report.page import markdown_table
-from infalign.report.words import cautions, methods_paragraph, verdict
+from infalign.report.words import captured_cell, cautions, methods_paragraph, share_of_gain, unmoved, verdict
 from tests.report.example import method, two_methods
 
 
@@ -53,6 +53,25 @@ class TestWords:
             "only 12 prompts",
         ):
             assert part in text
+
+    def test_a_policy_that_hardly_moved_is_said_to_have_not_moved(self):
+        still = dataclasses.replace(method("still", 0.5), kl=Measured(0.02, 0.02, -0.02, 0.06, [0.0, 0.04]))
+        assert not still.moved
+        assert "hardly moved" in unmoved(still)
+        assert any("hardly moved" in caution for caution in cautions([still]))
+        table = markdown_table([still])
+        assert "limit at that KL" not in table
+        assert "hardly moved" in table
+        entry = dataclasses.replace(still.procedures[0], captured=None)
+        assert (share_of_gain(entry), captured_cell(still, entry)) == ("", "hardly moved")
+        assert unmoved(method("moved", 0.8)) is None
+
+    def test_no_reader_sees_a_negative_share_of_a_gain(self):
+        entry = dataclasses.replace(
+            method("a", 0.8).procedures[0], limit=0.52, captured=Measured(-2.73, 1.0, -4.7, -0.8, [-2.73])
+        )
+        assert share_of_gain(entry) == "none of the gain at the limit (52.0%)"
+        assert captured_cell(method("a", 0.8), entry) == "none"
 
     def test_methods_paragraph_states_sizes(self):
         text = methods_paragraph([two_methods()[0]], {"best": {"kl": 0.5, "beta": 0.2}})

@@ -7,7 +7,7 @@ import pytest
 
 from infalign.errors import InputError
 from infalign.training.kl_control import KLController
-from infalign.training.landing import Landing
+from infalign.training.landing import LARGEST, SMALLEST, Landing, Round, aim
 
 
 def simulate(controller: KLController, *, scale: float, lag: float, pace: float, seed: int, steps: int) -> float:
@@ -93,3 +93,46 @@ def test_a_landing_at_its_limit_says_that_the_budget_is_missed():
     # Where the KL hardly depends on the scale, 1 may be the best of scales that all miss by far.
     assert "lower the learning rate" in str(Landing(1.0, 7.95, 7.95, 0.27, 0.5))
     assert "higher learning rate" in str(Landing(1.2, 0.1, 0.2, 0.01, 0.5))
+
+
+class TestAim:
+    def test_one_round_by_hand(self):
+        # The KL goes with the square of the scale.
+        end = aim([Round(1.0, 0.8, 0.0)], 0.5)
+        assert end.scale == pytest.approx(math.sqrt(0.5 / 0.8))
+        assert end.kl == pytest.approx(0.5)
+
+    def test_the_target_is_below_the_budget_by_the_squared_relative_error(self):
+        # c²/P = 0.2² = 0.04: the steering prompts are brought to 0.5/1.04, other prompts to 0.5 on average.
+        end = aim([Round(1.0, 0.8, 0.16)], 0.5)
+        assert end.scale == pytest.approx(math.sqrt(0.5 / 1.04 / 0.8))
+        assert (end.kl, end.standard_error) == pytest.approx((0.5, 0.1))
+        assert aim([Round(1.0, 0.8, math.nan)], 0.5).scale == pytest.approx(math.sqrt(0.5 / 0.8)), "a single prompt"
+
+    def test_rounds_far_apart_say_how_the_kl_rises(self):
+        end = aim([Round(1.0, 1.0, 0.0), Round(0.7, 0.7**3, 0.0)], 0.6)
+        assert end.scale == pytest.approx(0.6 ** (1 / 3), abs=0.01)
+
+    def test_noise_between_rounds_close_together_does_not(self):
+        # With an exponent of 2 they say 0.52 and 0.552 at scale 1.
+        end = aim([Round(1.0, 0.52, 0.0), Round(0.98, 0.53, 0.0)], 0.5)
+        assert math.sqrt(0.5 / 0.552) < end.scale < math.sqrt(0.5 / 0.52)
+
+    def test_it_stays_within_its_limits(self):
+        assert aim([Round(1.0, 8.0, 0.1)], 0.5).scale == SMALLEST
+        assert aim([Round(1.0, 0.1, 0.0)], 0.5).scale == LARGEST
+        stuck = aim([Round(1.0, 7.95, 0.2), Round(0.5, 7.9, 0.2)], 0.5)
+        assert stuck.scale == SMALLEST
+        assert stuck.kl == pytest.approx(7.9, rel=0.05)
+
+    def test_few_skewed_prompts_no_longer_overshoot(self):
+        # 16 prompts with lognormal KLs (σ 0.6, c²/P = 0.027): 4,000 landings, whose mean has an error of 0.003.
+        rng = np.random.default_rng(0)
+        landed, uncorrected = [], []
+        for _ in range(4000):
+            kl_P = np.exp(0.6 * rng.standard_normal(16) - 0.18)
+            seen = Round(1.0, float(kl_P.mean()), float(kl_P.std(ddof=1) / 4))
+            landed.append(aim([seen], 1.0).scale ** 2)
+            uncorrected.append(1 / seen.kl)
+        assert np.mean(uncorrected) > 1.02
+        assert np.mean(landed) == pytest.approx(1.0, abs=0.013)

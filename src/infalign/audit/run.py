@@ -25,6 +25,7 @@ from infalign.audit.targets import Drawing, Target
 from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.estimators import difference_estimate, holm, share_estimate
+from infalign.estimators.intervals import UNBOUNDED
 from infalign.evaluation.results import Measured
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import RewardSource
@@ -283,8 +284,12 @@ def compare_models(models: Sequence[ModelAudit], confidence: float) -> list[Chan
         if other.over_refusal is not None and first.over_refusal is not None:
             found.append((other, "over-refusal", other.over_refusal, first.over_refusal, -1, 100.0))
     differences = [
-        difference_estimate(np.subtract(ours.per_prompt, theirs.per_prompt), confidence=confidence)
-        for _, _, ours, theirs, _, _ in found
+        difference_estimate(
+            np.subtract(ours.per_prompt, theirs.per_prompt),
+            confidence=confidence,
+            bounds=(-1.0, 1.0) if scale == 100.0 else UNBOUNDED,  # shares, or a reward
+        )
+        for _, _, ours, theirs, _, scale in found
     ]
     adjusted = holm([difference.p_value for difference in differences])
     changes: list[Change] = []

@@ -97,7 +97,7 @@ def methods_paragraph(result: AuditResult) -> str:
             f"{counted(result.num_benign, 'benign prompt')}."
         )
     if result.changes:
-        text += " Models were compared by paired t tests over prompts, adjusted by Holm's method."
+        text += " Models were compared by tests paired by prompt, adjusted by Holm's method."
     return text
 
 

@@ -9,7 +9,7 @@ from infalign.estimators.clustered import (
     paired_difference,
     share_estimate,
 )
-from infalign.estimators.divergence import KLEfficiency, efficiency_of, kl_efficiency, sequence_kl, useful_kl
+from infalign.estimators.divergence import KLEfficiency, efficiency_of, kl_efficiency, moved, sequence_kl, useful_kl
 from infalign.estimators.subsets import WinRate, expected_reward, win_rate, win_rates
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "holm",
     "kl_efficiency",
     "mean_estimate",
+    "moved",
     "paired_difference",
     "sequence_kl",
     "share_estimate",

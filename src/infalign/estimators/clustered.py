@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtr, stdtrit  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from scipy.special import stdtr  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
 from infalign.errors import InputError
+from infalign.estimators import intervals
+from infalign.estimators.intervals import UNBOUNDED, Ends
 from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
@@ -30,6 +32,7 @@ class Estimate:
         confidence_interval: Lower and upper end.
         per_prompt: (P,) one value per prompt, whose mean is `estimate`.
         confidence: Level of the interval.
+        bounds: Least and largest value that a prompt can have; infinite where there is no such bound.
     """
 
     estimate: float
@@ -37,6 +40,7 @@ class Estimate:
     confidence_interval: tuple[float, float]
     per_prompt: FloatArray
     confidence: float
+    bounds: Ends = field(default=UNBOUNDED, kw_only=True)
 
     @property
     def num_prompts(self) -> int:
@@ -53,7 +57,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Difference(Estimate):
-    """Paired difference of two estimates on the same prompts, with a two-sided t test of no difference."""
+    """Paired difference of two estimates on the same prompts, with a two-sided test of no difference."""
 
     p_value: float
 
@@ -64,25 +68,43 @@ class Difference(Estimate):
         return low > 0 or high < 0
 
 
-def mean_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean of one number per prompt with Student's t interval.
+def mean_estimate(
+    per_prompt: ArrayLike, *, confidence: float = 0.95, bounds: Ends = UNBOUNDED, long_tail: bool = False
+) -> Estimate:
+    """Mean of one number per prompt; its interval is the wider of Student's t and Hall's transformed t at each end.
 
-    With one prompt there is no spread to measure: the standard error is NaN and the interval the whole real line.
+    Where prompts show no spread, the interval is what so many equal values leave possible within `bounds` (see
+    `infalign.estimators.intervals.unseen_ends`); without bounds it is the whole real line. With one prompt the standard
+    error is NaN and the interval is `bounds`.
 
     Args:
         per_prompt: (P,) independent values.
         confidence: Level of the interval, between 0 and 1.
+        bounds: Least and largest value that a prompt can have, if they are known. The interval stays within them.
+        long_tail: Whether values are known to have a long upper tail, as KLs have. A sample then shows less skewness
+            than there is, and the upper end is computed with `intervals.KL_TAIL` times as much.
 
     Raises:
         InputError: If a value is not finite, or there is none.
     """
     values = checked(per_prompt, "per_prompt", axes="P")
-    estimate, standard_error, margin = mean_and_margin(values, confidence)
-    return Estimate(estimate, standard_error, (estimate - margin, estimate + margin), values, confidence)
+    estimate, standard_error = mean_and_error(values, confidence)
+    if values.size == 1:
+        ends = bounds
+    elif standard_error == 0:
+        ends = intervals.unseen_ends(estimate, bounds, values.size, confidence)
+    else:
+        t = intervals.t_quantile(values.size, confidence)
+        shown = intervals.skewness(values)
+        skew = intervals.told_from_none(shown, values.size)
+        upper_skew = max(skew, intervals.KL_TAIL * shown) if long_tail else skew
+        hall = intervals.hall_ends(estimate, standard_error, skew, values.size, t, upper_skew=upper_skew)
+        ends = intervals.widest((estimate - t * standard_error, estimate + t * standard_error), hall)
+    return Estimate(estimate, standard_error, intervals.within(ends, bounds), values, confidence, bounds=bounds)
 
 
 def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95, least_error: float = 0.0) -> Estimate:
-    """Mean of one share in [0, 1] per prompt with Wilson's interval at the effective number of prompts; see `WinRate`.
+    """Mean of one share in [0, 1] per prompt; see `WinRate` for its interval.
 
     With one prompt the standard error is NaN and the interval [0, 1].
 
@@ -97,29 +119,31 @@ def share_estimate(per_prompt: ArrayLike, *, confidence: float = 0.95, least_err
     values = checked(per_prompt, "per_prompt", axes="P")
     if values.min() < 0 or values.max() > 1:
         raise InputError("shares must lie in [0, 1]", where="per_prompt")
-    num_prompts = values.size
-    estimate, standard_error, _ = mean_and_margin(values, confidence)
-    standard_error = max(standard_error, least_error) if num_prompts > 1 else standard_error
-    variance = estimate * (1 - estimate)
+    num_prompts, bounds = values.size, (0.0, 1.0)
+    estimate, spread_error = mean_and_error(values, confidence)
     if num_prompts == 1:
-        interval = (0.0, 1.0)
-    elif standard_error == 0 and variance > 1e-12:
-        interval = (estimate, estimate)
-    else:
-        effective = num_prompts if standard_error == 0 else variance / standard_error**2
-        t_squared = float(stdtrit(num_prompts - 1, 0.5 + confidence / 2)) ** 2
-        centre = (estimate + t_squared / (2 * effective)) / (1 + t_squared / effective)
-        half = math.sqrt(t_squared * variance / effective + (t_squared / (2 * effective)) ** 2) / (
-            1 + t_squared / effective
-        )
-        interval = (max(0.0, centre - half), min(1.0, centre + half))
-    return Estimate(estimate, standard_error, interval, values, confidence)
+        return Estimate(estimate, spread_error, bounds, values, confidence, bounds=bounds)
+    standard_error, variance = max(spread_error, least_error), estimate * (1 - estimate)
+    t, ends = intervals.t_quantile(num_prompts, confidence), list[Ends]()
+    if spread_error == 0:
+        ends.append(intervals.unseen_ends(estimate, bounds, num_prompts, confidence))
+    elif skew := intervals.SHARE_TAIL * intervals.told_from_none(intervals.skewness(values), num_prompts):
+        low, high = intervals.hall_ends(estimate, spread_error, skew, num_prompts, t, upper_skew=skew)
+        ends.append((estimate, high) if skew > 0 else (low, estimate))  # on the side of the tail
+    if variance == 0 or standard_error > 0:
+        # Where all is won or all lost, the number of prompts is the least that the effective number can be.
+        effective = variance / standard_error**2 if variance > 0 else num_prompts
+        ends.append(intervals.wilson_ends(estimate, effective, t))
+    interval = intervals.within(intervals.widest(*ends), bounds)
+    return Estimate(estimate, standard_error, interval, values, confidence, bounds=bounds)
 
 
 def paired_difference(a: Estimate, b: Estimate, *, confidence: float | None = None) -> Difference:
     """Difference a − b of two estimates on the same prompts, in the same order.
 
-    Pairing removes what the prompts, and reference samples if they are shared, have in common.
+    Pairing removes what the prompts, and reference samples if they are shared, have in common. Where the two agree
+    on every prompt the difference is 0, and the interval is what so many prompts leave possible for others; so it
+    is for a model against itself, whose difference is known to be exactly 0 for another reason than the numbers.
 
     Args:
         a: First estimate.
@@ -138,28 +162,44 @@ def paired_difference(a: Estimate, b: Estimate, *, confidence: float | None = No
     # Equal values summed in another order differ by rounding, which must not count as a resolved difference.
     rounding = 1e-13 * np.maximum(np.abs(a.per_prompt), np.abs(b.per_prompt))
     differences[np.abs(differences) <= rounding] = 0.0
-    return difference_estimate(differences, confidence=a.confidence if confidence is None else confidence)
+    return difference_estimate(
+        differences,
+        confidence=a.confidence if confidence is None else confidence,
+        bounds=(a.bounds[0] - b.bounds[1], a.bounds[1] - b.bounds[0]),
+    )
 
 
-def difference_estimate(differences: ArrayLike, *, confidence: float = 0.95) -> Difference:
-    """Mean of per-prompt differences with Student's t interval and a two-sided t test of zero.
+def difference_estimate(differences: ArrayLike, *, confidence: float = 0.95, bounds: Ends = UNBOUNDED) -> Difference:
+    """Mean of per-prompt differences with the interval of `mean_estimate` and the two-sided test that agrees with it.
 
     Args:
         differences: (P,) one difference per prompt.
         confidence: Level of the interval.
+        bounds: Least and largest difference that a prompt can have, if known: (−1, 1) for win rates.
 
     Raises:
         InputError: If a value is not finite, or there is none.
     """
-    mean = mean_estimate(differences, confidence=confidence)
+    mean = mean_estimate(differences, confidence=confidence, bounds=bounds)
     if mean.num_prompts == 1:
         p_value = 1.0
     elif mean.standard_error == 0:
-        p_value = float(mean.estimate == 0)
+        p_value = intervals.unseen_p_value(mean.estimate, bounds, mean.num_prompts)
     else:
-        p_value = 2 * float(stdtr(mean.num_prompts - 1, -abs(mean.estimate) / mean.standard_error))
+        t = mean.estimate / mean.standard_error
+        skew = intervals.told_from_none(intervals.skewness(mean.per_prompt), mean.num_prompts)
+        hall = intervals.straightened(t, skew, mean.num_prompts)
+        # Both have to leave zero on the same side, or nothing is claimed.
+        smaller = min(abs(t), abs(hall)) if t * hall > 0 else 0.0
+        p_value = 2 * float(stdtr(mean.num_prompts - 1, -smaller))
     return Difference(
-        mean.estimate, mean.standard_error, mean.confidence_interval, mean.per_prompt, confidence, p_value
+        mean.estimate,
+        mean.standard_error,
+        mean.confidence_interval,
+        mean.per_prompt,
+        confidence,
+        p_value,
+        bounds=bounds,
     )
 
 
@@ -182,17 +222,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def mean_and_margin(values: FloatArray, confidence: float) -> tuple[float, float, float]:
-    """Mean, standard error, and half width of the t interval of independent values."""
+def mean_and_error(values: FloatArray, confidence: float) -> tuple[float, float]:
+    """Mean of independent values and its standard error."""
     if not 0 < confidence < 1:
         raise InputError(f"the confidence level must lie between 0 and 1, not {confidence}", where="confidence")
-    mean = float(values.mean())
-    if values.size == 1:
-        return mean, math.nan, math.inf
-    # The spread of equal values is zero; rounding in their mean must not turn it into a resolved 1e-17.
-    spread = 0.0 if np.ptp(values) <= 1e-14 * float(np.abs(values).max()) else float(values.std(ddof=1))
-    standard_error = spread / math.sqrt(values.size)
-    return mean, standard_error, float(stdtrit(values.size - 1, 0.5 + confidence / 2)) * standard_error
+    return float(values.mean()), intervals.spread(values) / math.sqrt(values.size)
 
 
 def checked(values: ArrayLike, name: str, *, axes: str, finite: bool = False) -> FloatArray:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from infalign.errors import InputError
 from infalign.estimators.clustered import Estimate, FloatArray, checked, checked_pair, mean_estimate
+from infalign.estimators.intervals import UNBOUNDED, t_quantile
 from infalign.estimators.subsets import merged_ranks
+
+LEAST_KL = 0.01  # nats; what a policy can gain below this is within the noise of any evaluation of ordinary size
 
 
 @dataclass(frozen=True, eq=False)
 class KLEfficiency:
-    """How much of the divergence moved reward ranks (M11).
+    """How much of the divergence moved reward ranks, at least (M11).
 
     Attributes:
         useful_kl: KL(f̂ ‖ uniform) in nats; f̂ is the density of calibrated rewards pooled over prompts.
         kl: The sequence-level KL it is compared with, in nats.
-        efficiency: `useful_kl` / `kl`, from 0 to 1 up to sampling error.
-        standard_error: Of the efficiency; takes in the error of `kl` if that was given as an estimate.
+        efficiency: `useful_kl` / `kl`, from 0 to 1 up to sampling error. Pooling, binning and the noise of few
+            references make it err low.
+        standard_error: Of `efficiency`; takes in the error of `kl` if that was given as an estimate. It does not say
+            how far the efficiency itself may be above.
+        at_least: Lower end of a one-sided interval at the confidence of `useful_kl`: what can be claimed.
     """
 
     useful_kl: Estimate
     kl: float
     efficiency: float
     standard_error: float
+    at_least: float
 
 
 def sequence_kl(log_ratios_PG: ArrayLike, *, confidence: float = 0.95) -> Estimate:
@@ -40,14 +47,29 @@ def sequence_kl(log_ratios_PG: ArrayLike, *, confidence: float = 0.95) -> Estima
         confidence: Level of the interval.
 
     Returns:
-        The estimate. It is not clipped: from log ratios a value below zero can occur by chance near zero.
+        The estimate. It is not clipped: from log ratios a value below zero can occur by chance near zero. KLs of
+        prompts have a long upper tail, which the upper end allows for. If every log ratio is exactly 0 the policy gave
+        every response the reference's probability to the last bit: KL and interval are then 0, by identity.
 
     Raises:
         InputError: If a log ratio is not finite.
     """
-    return mean_estimate(
-        checked(log_ratios_PG, "log_ratios_PG", axes="PG", finite=True).mean(axis=1), confidence=confidence
-    )
+    log_ratios_PG = checked(log_ratios_PG, "log_ratios_PG", axes="PG", finite=True)
+    bounds = UNBOUNDED if log_ratios_PG.any() else (0.0, 0.0)
+    return mean_estimate(log_ratios_PG.mean(axis=1), confidence=confidence, bounds=bounds, long_tail=True)
+
+
+def moved(kl: float, low: float | None) -> bool:
+    """Whether a policy can be told from the reference: the one rule behind every ratio to a KL or to a gain.
+
+    A policy has not moved if the interval of its KL includes 0, or if its KL is below `LEAST_KL`. What is divided by
+    such a KL, or by the gain to be had at it, is noise.
+
+    Args:
+        kl: Sequence KL in nats.
+        low: Lower end of its interval; None or −∞ where there is none.
+    """
+    return low is not None and low > 0 and kl >= LEAST_KL
 
 
 def useful_kl(rewards_PG: ArrayLike, ref_rewards_PK: ArrayLike, *, confidence: float = 0.95) -> Estimate:
@@ -57,7 +79,8 @@ def useful_kl(rewards_PG: ArrayLike, ref_rewards_PK: ArrayLike, *, confidence: f
     evenly over the ranks it could have, which keeps the reference exactly uniform however many ties there are.
 
     The estimate is the plug-in value of a histogram less its first-order bias ½ Σ Var(f̂_b)/f_b, with variances
-    taken between prompts. Pooling and binning lose information, so it errs to the low side.
+    taken between prompts. Pooling prompts, binning, and the noise of ranks among K references lose information, so it
+    errs to the low side of the mean over prompts of KL(f ‖ uniform). Hence the interval is one-sided: a lower bound.
 
     Args:
         rewards_PG: (P, G) rewards of policy responses.
@@ -86,7 +109,7 @@ def kl_efficiency(
         kl: Sequence-level KL in nats, positive; an estimate on the same prompts gives the ratio a joint error.
         num_ref: Number K of reference rollouts behind each calibrated reward, so that its grid of K + 1 values is
             spread evenly over [0, 1]; None treats values as exact.
-        confidence: Level of the interval of the useful KL.
+        confidence: Level of the lower bounds.
 
     Raises:
         InputError: If a value lies outside [0, 1] or `kl` is not positive.
@@ -122,7 +145,8 @@ def efficiency_of(useful: Estimate, kl: Estimate | float) -> KLEfficiency:
         standard_error = mean_estimate((useful.per_prompt - ratio * kl.per_prompt) / kl_value).standard_error
     else:
         standard_error = useful.standard_error / kl_value
-    return KLEfficiency(useful, kl_value, ratio, standard_error)
+    at_least = _lower_end(ratio, standard_error, useful.num_prompts, useful.confidence)
+    return KLEfficiency(useful, kl_value, ratio, standard_error, at_least)
 
 
 def _kl_from_uniform(low_PG: FloatArray, high_PG: FloatArray, confidence: float) -> Estimate:
@@ -143,4 +167,13 @@ def _kl_from_uniform(low_PG: FloatArray, high_PG: FloatArray, confidence: float)
     else:
         variance_B = pooled_B * (1 - pooled_B) / num_policy
     bias = 0.5 * float(np.sum(variance_B / pooled_B))
-    return mean_estimate(influence_P - bias, confidence=confidence)
+    mean = mean_estimate(influence_P - bias, confidence=confidence)
+    low = _lower_end(mean.estimate, mean.standard_error, num_prompts, confidence)
+    return replace(mean, confidence_interval=(low, math.inf))
+
+
+def _lower_end(estimate: float, standard_error: float, num_prompts: int, confidence: float) -> float:
+    """Lower end of a one-sided interval of what is not below 0."""
+    if num_prompts == 1:
+        return 0.0
+    return max(0.0, estimate - t_quantile(num_prompts, 2 * confidence - 1) * standard_error)

@@ -25,9 +25,10 @@ class WinRate(Estimate):
     """Win rate of a procedure on the policy over one on the reference (M8, estimated by M10).
 
     The interval is Wilson's score interval with the effective number of prompts, W(1 − W)/SE², and Student's t quantile
-    (Kott and Carr 1997, for clustered samples). It lies within [0, 1], is mirrored when the models are swapped, and
-    keeps its level nearer the ends than W ± t·SE. If every prompt is won, or every prompt lost, there is no spread to
-    measure: the effective number is then the number of prompts, the least it can be.
+    (Kott and Carr 1997, for clustered samples). Where values are clearly skewed, as near 0 and 1, the end on the side
+    of their tail is that of Hall's transformed t if this is farther out. It lies within [0, 1] and is mirrored when
+    the models are swapped. If all prompts have one value there is no spread to measure: the interval is then what so
+    many equal values leave possible for others.
     """
 
     procedure: str
@@ -210,5 +211,11 @@ def _win_rate_per_prompt(
 def _win_rate_interval(per_prompt: FloatArray, procedure: InferenceProcedure, confidence: float) -> WinRate:
     share = share_estimate(per_prompt, confidence=confidence)
     return WinRate(
-        share.estimate, share.standard_error, share.confidence_interval, per_prompt, confidence, procedure.label
+        share.estimate,
+        share.standard_error,
+        share.confidence_interval,
+        per_prompt,
+        confidence,
+        procedure.label,
+        bounds=share.bounds,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from infalign.errors import InputError, MismatchError
-from infalign.estimators import Difference, difference_estimate, holm
+from infalign.estimators import Difference, difference_estimate, holm, paired_difference, share_estimate
 from infalign.evaluation.results import Measured, MethodResult
 
 
@@ -94,8 +94,8 @@ def compare_pairs(pairs: Sequence[tuple[MethodResult, MethodResult]]) -> list[Co
         _check_paired(result, base)
         for entry in base.procedures:
             ours = result.of(entry.procedure).win_rate
-            difference = difference_estimate(
-                np.subtract(ours.per_prompt, entry.win_rate.per_prompt), confidence=base.confidence
+            difference = paired_difference(
+                share_estimate(ours.per_prompt), share_estimate(entry.win_rate.per_prompt), confidence=base.confidence
             )
             matched = matched_difference(
                 ours.per_prompt,
@@ -140,6 +140,7 @@ def matched_difference(
     concave in between, as the ideal frontier of a concave objective does, then bringing a method back from its KL to
     a smaller one leaves its win rate between the chord from that point and the measured value. Of the two ends the one
     worse for the side ahead is taken: the chord if that side has more KL, else the measured difference.
+    A KL that is measured at or below zero, which noise can do near zero, counts as zero: there the side ahead has ½.
     The error takes in those of both win rates and both KLs, paired by prompt, to first order.
 
     Args:
@@ -155,18 +156,20 @@ def matched_difference(
     wins_P, base_wins_P = np.asarray(wins_P, np.float64), np.asarray(base_wins_P, np.float64)
     kls_P, base_kls_P = np.asarray(kls_P, np.float64), np.asarray(base_kls_P, np.float64)
     win, base_win, kl, base_kl = (float(x.mean()) for x in (wins_P, base_wins_P, kls_P, base_kls_P))
-    if win >= base_win and kl > base_kl > 0:
-        return difference_estimate(_on_chord(wins_P, kls_P, base_kls_P) - base_wins_P, confidence=confidence)
-    if win < base_win and base_kl > kl > 0:
-        return difference_estimate(wins_P - _on_chord(base_wins_P, base_kls_P, kls_P), confidence=confidence)
-    return difference_estimate(wins_P - base_wins_P, confidence=confidence)
+    if win >= base_win and kl > base_kl:
+        wins_P = _on_chord(wins_P, kls_P, base_kls_P)
+    elif win < base_win and base_kl > kl:
+        base_wins_P = _on_chord(base_wins_P, base_kls_P, kls_P)
+    return difference_estimate(wins_P - base_wins_P, confidence=confidence, bounds=(-1.0, 1.0))
 
 
 def _on_chord(wins_P: np.ndarray, kls_P: np.ndarray, target_kls_P: np.ndarray) -> np.ndarray:
     """Win rate at the target KL on the chord from (0, ½), as values whose mean and spread are right to first order."""
-    gain, kl, target = wins_P.mean() - 0.5, kls_P.mean(), target_kls_P.mean()
-    ratio = target / kl
-    return 0.5 + ratio * (wins_P - 0.5) + gain / kl * ((target_kls_P - target) - ratio * (kls_P - kl))
+    win, kl, target = wins_P.mean(), kls_P.mean(), target_kls_P.mean()
+    if kl <= 0:  # neither side has moved: what was won at such a KL was won by chance
+        return 0.5 + (wins_P - win)
+    ratio = max(target, 0.0) / kl
+    return 0.5 + ratio * (wins_P - 0.5) + (win - 0.5) / kl * ((target_kls_P - target) - ratio * (kls_P - kl))
 
 
 def _sentence(
@@ -188,7 +191,10 @@ def _sentence(
     if resolved:
         verb = "ahead of" if points > 0 else "behind"
         return f"{procedure}: {result.label} is {verb} {base.label} ({numbers})."
-    if not difference.resolved:
+    if not difference.per_prompt.any():
+        same = result.kl.per_prompt == base.kl.per_prompt
+        why = "they agree on every prompt" + (", in KL as well, as a model does with itself" if same else "")
+    elif not difference.resolved:
         why = "the interval includes zero"
     elif adjusted_p_value >= 1 - base.confidence:
         why = "it does not stand once all comparisons made here are counted"

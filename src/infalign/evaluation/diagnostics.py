@@ -137,7 +137,7 @@ def win_rate_by_length(
         share_P, won_P = in_PG.mean(axis=1), (in_PG * wins_PG).mean(axis=1)
         share = float(share_P.mean())
         rate = float(won_P.mean()) / share
-        estimate = mean_estimate(rate + (won_P - rate * share_P) / share, confidence=confidence)
+        estimate = mean_estimate(rate + (won_P - rate * share_P) / share, confidence=confidence, bounds=(0.0, 1.0))
         inside = lengths_PG[in_PG]
         found.append(LengthBucket(float(inside.min()), float(inside.max()), share, Measured.of(estimate)))
     return found
@@ -188,7 +188,7 @@ def length_matched_win_rate(
     if matched == 0:
         raise InputError("no two responses match in length", where="tolerance", hint="Raise the tolerance")
     ratio = float(wins_P.mean()) / matched
-    return mean_estimate(ratio + (wins_P - ratio * pairs_P) / matched, confidence=confidence)
+    return mean_estimate(ratio + (wins_P - ratio * pairs_P) / matched, confidence=confidence, bounds=(0.0, 1.0))
 
 
 def distinct_ngrams(texts_PG: Sequence[Sequence[str]], *, n: int = 2, confidence: float = 0.95) -> Estimate:
@@ -211,7 +211,7 @@ def distinct_ngrams(texts_PG: Sequence[Sequence[str]], *, n: int = 2, confidence
             shares.append(len(set(grams)) / len(grams))
     if not shares:
         raise InputError(f"no response has {n} words", where="texts_PG", hint="Use a smaller n")
-    return mean_estimate(shares, confidence=confidence)
+    return share_estimate(shares, confidence=confidence)
 
 
 def self_similarity(texts_PG: Sequence[Sequence[str]], *, n: int = 2, confidence: float = 0.95) -> Estimate:
@@ -238,7 +238,7 @@ def self_similarity(texts_PG: Sequence[Sequence[str]], *, n: int = 2, confidence
             for (text_a, a), (text_b, b) in combinations(sets, 2)
         ]
         means.append(float(np.mean(overlaps)))
-    return mean_estimate(means, confidence=confidence)
+    return share_estimate(means, confidence=confidence)
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

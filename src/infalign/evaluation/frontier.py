@@ -129,12 +129,12 @@ def win_rate_at(sweep: Sequence[MethodResult], procedure: str, kl: float, *, con
     left_kl, left_win = float(left_kl_P.mean()), float(left_win_P.mean())
     width, rise = float(right_kl_P.mean()) - left_kl, float(right_win_P.mean()) - left_win
     if width <= 0:
-        return mean_estimate(right_win_P, confidence=confidence)
+        return mean_estimate(right_win_P, confidence=confidence, bounds=(0.0, 1.0))
     t, slope = (kl - left_kl) / width, rise / width
     # At a fixed KL the value moves with each run's win rate less slope times its KL.
     moved_P = (1 - t) * (left_win_P - slope * (left_kl_P - left_kl))
     moved_P += t * (right_win_P - slope * (right_kl_P - right_kl_P.mean()))
-    return mean_estimate(moved_P, confidence=confidence)
+    return mean_estimate(moved_P, confidence=confidence, bounds=(0.0, 1.0))
 
 
 def difference_at(
@@ -160,7 +160,7 @@ def difference_at(
     ours, theirs = win_rate_at(sweep, procedure, kl), win_rate_at(baseline, procedure, kl)
     if ours.num_prompts != theirs.num_prompts:
         raise InputError("the two sweeps have different prompts", hint="Evaluate both on the same list of prompts")
-    return difference_estimate(ours.per_prompt - theirs.per_prompt, confidence=confidence)
+    return difference_estimate(ours.per_prompt - theirs.per_prompt, confidence=confidence, bounds=(-1.0, 1.0))
 
 
 def _per_prompt(result: MethodResult, procedure: str) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +186,7 @@ def least_favourable_at(
         gap_P = ours.per_prompt - _ceiling(baseline, procedure, kl)
     else:
         gap_P = _ceiling(sweep, procedure, kl) - theirs.per_prompt
-    return difference_estimate(gap_P, confidence=confidence)
+    return difference_estimate(gap_P, confidence=confidence, bounds=(-1.0, 1.0))
 
 
 def _ceiling(sweep: Sequence[MethodResult], procedure: str, kl: float) -> np.ndarray:

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from infalign.errors import InputError
-from infalign.estimators import Estimate, WinRate, efficiency_of, mean_estimate, sequence_kl, useful_kl, win_rates
+from infalign.estimators import (
+    Estimate,
+    WinRate,
+    efficiency_of,
+    mean_estimate,
+    moved,
+    sequence_kl,
+    useful_kl,
+    win_rates,
+)
 from infalign.evaluation.diagnostics import diagnose
 from infalign.evaluation.results import Band, Measured, MethodResult, OverN, ProcedureResult, known
 from infalign.evaluation.tied_limit import limit_at, ref_levels
@@ -88,8 +97,7 @@ def measure(
             raise InputError(error.what, where=f"{label}: {name}", hint=error.hint) from error
     kl = sequence_kl(log_ratios_PG, confidence=confidence)
     useful = useful_kl(rewards_PG, ref_rewards_PK, confidence=confidence)
-    # A ratio to a KL that may be zero says nothing.
-    efficiency = efficiency_of(useful, kl) if kl.confidence_interval[0] > 0 else None
+    efficiency = efficiency_of(useful, kl) if moved(kl.estimate, kl.confidence_interval[0]) else None
     levels = ref_levels(ref_rewards_PK)
     return MethodResult(
         label=label,
@@ -131,6 +139,7 @@ def measure(
         prompt_ids=None if prompt_ids is None else [str(name) for name in prompt_ids],
         series=series,
         step=step,
+        kl_efficiency_at_least=None if efficiency is None else known(efficiency.at_least),
     )
 
 
@@ -165,7 +174,7 @@ def _procedure_result(
     if kl.estimate > 0:  # below the reference's own KL there is nothing to be had
         best = limit_at(procedure, kl.estimate, levels)
         gain = best.win_rate - 0.5
-        if gain > 0:
+        if gain > 0 and moved(kl.estimate, kl.confidence_interval[0]):
             share = (rate.estimate - 0.5) / gain
             influence_P = (
                 share + ((rate.per_prompt - rate.estimate) - share * best.slope * (kl.per_prompt - kl.estimate)) / gain

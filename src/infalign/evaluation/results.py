@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from infalign.errors import InputError
-from infalign.estimators import Estimate
+from infalign.estimators import Estimate, moved
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ProcedureResult:
             where the measured KL is not above zero. Where the reference's responses tie so often that it makes more
             than half a point, it is the limit for its reward levels as they are.
         captured: Share of the gain to be had at that KL, (W − ½) / (limit − ½), with an error that takes in the
-            KL's; None where `limit` is.
+            KL's; None where `limit` is, or where the policy has not moved.
         judged: Win rate by each further reward where the procedure still chooses by the first: what a user gets if
             that other reward is the truth.
         limit_without_ties: What `limit` would be for a continuous reward; None where `limit` is, and in evaluations
@@ -197,9 +197,9 @@ class MethodResult:
         num_ref_samples: K, reference responses per prompt.
         confidence: Level of every interval.
         kl: Sequence-level KL(policy ‖ reference) in nats.
-        useful_kl: The part of it that moved reward ranks (M11), in nats.
-        kl_efficiency: `useful_kl` / `kl`; None where the KL is not resolved from zero.
-        kl_efficiency_error: Its standard error.
+        useful_kl: The part of it that moved reward ranks (M11), in nats; errs low, so its interval has no upper end.
+        kl_efficiency: `useful_kl` / `kl`, which errs low; None where the policy has not moved.
+        kl_efficiency_error: Its standard error, of what is estimated and not of the truth above it.
         procedures: One entry for each procedure asked for.
         over_n: Curves of "best-of-n" and "worst-of-n".
         diagnostics: Length, variety, and prompts that got worse.
@@ -211,6 +211,7 @@ class MethodResult:
         prompt_ids: Names of the prompts in order, if given; `compare` then checks that they agree.
         series: What the results of one curve share: a method of which there are several checkpoints or several KLs.
         step: Training step, of a checkpoint.
+        kl_efficiency_at_least: What the KL efficiency is at least, at `confidence`; None where it is.
     """
 
     label: str
@@ -234,6 +235,12 @@ class MethodResult:
     prompt_ids: list[str] | None = None
     series: str | None = None
     step: int | None = None
+    kl_efficiency_at_least: float | None = None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the policy can be told from the reference; see `infalign.estimators.moved`."""
+        return moved(self.kl.estimate, self.kl.low)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""

@@ -10,11 +10,12 @@ M is chosen by cross-validated likelihood.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
 from infalign import special
 from infalign.errors import InputError
@@ -34,10 +35,15 @@ class FittedProcedure(InferenceProcedure):
     Args:
         weights: w_1..w_M, not negative, summing to 1: the weight of "k-th smallest of M".
         num_samples: How many ranks it was fitted to, for its uncertainty.
+        misfit: Largest distance between H and the ranks' own distribution: what order statistics of M cannot follow,
+            such as a procedure that always returns from the top tenth.
+        rank_counts: With ranks among K references, how many had 0..K of them below; empty for exact ranks.
     """
 
     weights: tuple[float, ...]
     num_samples: int
+    misfit: float = 0.0
+    rank_counts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -51,6 +57,9 @@ class FittedProcedure(InferenceProcedure):
             raise InputError(f"the weights sum to {total:g}", where="FittedProcedure", hint="Make them sum to 1")
         object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
         object.__setattr__(self, "num_samples", whole_number(self.num_samples, "num_samples", "FittedProcedure"))
+        object.__setattr__(self, "rank_counts", tuple(float(count) for count in self.rank_counts))
+        if not 0.0 <= self.misfit <= 1.0 or any(count < 0 for count in self.rank_counts):
+            raise InputError("misfit must lie in [0, 1] and no rank count be negative", where="FittedProcedure")
 
     @classmethod
     def from_ranks(
@@ -104,7 +113,13 @@ class FittedProcedure(InferenceProcedure):
             if len(scores) >= 4 and max(scores[-3:]) < max(scores[:-3]) - 2.0:
                 break  # more order statistics only fit noise from here on
         weights = _fit(values, degrees[int(np.argmax(scores))], num_ref)
-        return cls(tuple(weights.tolist()), values.size)
+        fitted = cls(tuple(weights.tolist()), values.size)
+        if num_ref is not None:
+            return replace(fitted, rank_counts=tuple(_rank_counts(values, num_ref).tolist()))
+        ordered, steps = np.sort(values), np.arange(values.size + 1) / values.size
+        level = fitted.distortion(ordered)
+        misfit = float(np.maximum(np.abs(level - steps[1:]), np.abs(level - steps[:-1])).max())
+        return replace(fitted, misfit=min(misfit, 1.0))
 
     def distortion(self, q: npt.ArrayLike) -> Array:
         """H(q) = sum_k w_k I_q(k, M-k+1)."""
@@ -133,12 +148,25 @@ class FittedProcedure(InferenceProcedure):
         return f"fitted ({len(self.weights)} order statistics, {self.num_samples} ranks)"
 
     def standard_error(self, q: npt.ArrayLike) -> Array:
-        """The sampling error of H(q), sqrt(H (1-H) / num_samples): that of the plain empirical CDF, so conservative."""
+        """The sampling error of H(q), without the `misfit`, which is no matter of chance.
+
+        For exact ranks sqrt(H (1-H) / num_samples), that of the plain empirical CDF, so conservative. Ranks among K
+        references are noisy, and taking the noise out has a price: the spread of 50 refits is added (in squares).
+        """
         level = self.distortion(q)
-        return np.sqrt(level * (1.0 - level) / self.num_samples)
+        variance: Array = level * (1.0 - level) / self.num_samples
+        if self.rank_counts:
+            refits = np.stack([refit.distortion(q) for refit in self.bootstrap(50)])
+            variance = variance + np.asarray(refits.var(axis=0, ddof=1), dtype=np.float64)
+        return np.sqrt(np.asarray(variance, dtype=np.float64))
 
     def confidence_band(self, q: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
-        """A band that holds the true H everywhere with the given confidence (Dvoretzky-Kiefer-Wolfowitz-Massart).
+        """A band that holds the true H everywhere with the given confidence, whatever its shape.
+
+        For exact ranks: H here, give or take the margin of Dvoretzky, Kiefer, Wolfowitz and Massart for the ranks' own
+        distribution, and the `misfit`. For ranks among K references: all distributions whose ranks would have a CDF
+        within that margin of the one seen (by linear programs). With few references it is wide, because then
+        many procedures look alike.
 
         Args:
             q: Points in [0, 1].
@@ -148,7 +176,15 @@ class FittedProcedure(InferenceProcedure):
             raise InputError(f"level = {level!r} is not between 0 and 1", where="confidence_band")
         margin = math.sqrt(math.log(2.0 / (1.0 - level)) / (2.0 * self.num_samples))
         centre = self.distortion(q)
-        return np.maximum(centre - margin, 0.0), np.minimum(centre + margin, 1.0)
+        if not self.rank_counts:
+            margin += self.misfit
+            return np.maximum(centre - margin, 0.0), np.minimum(centre + margin, 1.0)
+        knots, lows, highs = _compatible(np.asarray(self.rank_counts), margin)
+        points = unit_interval(q, "FittedProcedure")
+        # Between two knots an increasing H lies above its value at the lower and below that at the upper one.
+        below = np.searchsorted(knots, points, side="right") - 1
+        above = np.searchsorted(knots, points, side="left")
+        return np.minimum(lows[below], centre), np.maximum(highs[above], centre)
 
     def bootstrap(self, count: int, seed: int = 0) -> list[FittedProcedure]:
         """Refits to fresh samples from this fit: put each through `plan` to see what the uncertainty does to it.
@@ -162,17 +198,24 @@ class FittedProcedure(InferenceProcedure):
         """
         count = whole_number(count, "count", "bootstrap")
         rng = np.random.default_rng(seed)
-        degree = len(self.weights)
+        degree, num_ref = len(self.weights), len(self.rank_counts) - 1 if self.rank_counts else None
         refits: list[FittedProcedure] = []
         for _ in range(count):
             k = rng.choice(degree, size=self.num_samples, p=self.weights) + 1
             ranks = rng.beta(k, degree - k + 1)
-            refits.append(FittedProcedure(tuple(_fit(ranks, degree, None).tolist()), self.num_samples))
+            if num_ref is not None:
+                ranks = rng.binomial(num_ref, ranks) / num_ref
+            refit = FittedProcedure(tuple(_fit(ranks, degree, num_ref).tolist()), self.num_samples)
+            counts = () if num_ref is None else tuple(_rank_counts(ranks, num_ref).tolist())
+            refits.append(replace(refit, misfit=self.misfit, rank_counts=counts))
         return refits
 
     def to_dict(self) -> dict[str, Any]:
         """See the base class."""
-        return {"kind": "fitted", "weights": list(self.weights), "num_samples": self.num_samples}
+        stored: dict[str, Any] = {"kind": "fitted", "weights": list(self.weights), "num_samples": self.num_samples}
+        if self.rank_counts:
+            return {**stored, "rank_counts": list(self.rank_counts)}
+        return {**stored, "misfit": self.misfit}
 
 
 def _bernstein(coefficients: Array, q: npt.ArrayLike) -> Array:
@@ -201,6 +244,38 @@ def _likelihood(ranks: Array, degree: int, num_ref: int | None) -> Array:
     counts = np.rint(2.0 * ranks * num_ref) / 2.0
     # A tie with one reference reward is half a count on either side.
     return 0.5 * (beta_binomial(np.floor(counts)) + beta_binomial(np.ceil(counts)))
+
+
+def _rank_counts(ranks: Array, num_ref: int) -> Array:
+    """How many ranks had 0..K references below; a tie with one of them is half a count on either side."""
+    doubled = np.rint(2.0 * ranks * num_ref).astype(np.intp)
+    sides = np.concatenate([doubled // 2, (doubled + 1) // 2])
+    return np.bincount(sides, minlength=num_ref + 1).astype(np.float64) / 2.0
+
+
+def _compatible(rank_counts: Array, margin: float) -> tuple[Array, Array, Array]:
+    """Knots in [0, 1], and the least and the largest H there whose ranks have a CDF within `margin` of the one seen."""
+    num_ref, cells, num_knots = rank_counts.size - 1, 240, 25
+    # A cell's mass may lie anywhere in it: the end that helps a constraint counts, so nothing possible is left out.
+    edges = np.linspace(0.0, 1.0, cells + 1)
+    counts = np.arange(num_ref)[:, None]
+    reached = 1.0 - special.betainc(counts + 1.0, num_ref - counts, edges[None, :])  # P(at most b of K below | u)
+    at_low, at_high = reached[:, :-1], reached[:, 1:]
+    seen = np.cumsum(rank_counts)[:-1] / rank_counts.sum()
+    limits = np.concatenate([seen + margin, -(seen - margin)])
+    matrix = np.concatenate([at_high, -at_low])
+    lows, highs = np.zeros(num_knots), np.ones(num_knots)
+    lows[-1], highs[0] = 1.0, 0.0  # every H runs from 0 to 1
+    for knot in range(1, num_knots - 1):
+        inside = (edges[1:] <= knot / (num_knots - 1) + 1e-12).astype(np.float64)
+        for sign, ends in ((1.0, lows), (-1.0, highs)):
+            found: Any = linprog(sign * inside, A_ub=matrix, b_ub=limits, A_eq=np.ones((1, cells)), b_eq=[1.0])
+            if found.status == 0:  # else no distribution is that near: keep what holds for any, 0 and 1
+                # The solver keeps its constraints to 1e-7.
+                ends[knot] = min(max(sign * float(found.fun) - sign * 1e-6, 0.0), 1.0)
+    # Increasing, up to what the solver leaves; the outer ends of that are kept.
+    lows, highs = np.minimum.accumulate(lows[::-1])[::-1], np.maximum.accumulate(highs)
+    return np.linspace(0.0, 1.0, num_knots), lows, highs
 
 
 def _fit(ranks: Array, degree: int, num_ref: int | None) -> Array:

@@ -23,7 +23,7 @@ def comparison_text(compared: ComparedRuns) -> str:
     rows[0] += [f"by {name}" for name in judges]
     for result in sorted(compared.results, key=lambda result: result.kl.estimate):
         entry = result.of(compared.procedure)
-        limit = "" if entry.limit is None else f" ({100 * entry.limit:.1f})"
+        limit = "" if entry.limit is None or not result.moved else f" ({100 * entry.limit:.1f})"
         judged = [entry.judged.get(name) for name in judges]
         rows.append(
             [

@@ -19,12 +19,14 @@ from infalign.evaluation.results import Measured, MethodResult
 from infalign.evaluation.runs import MatchedDifference
 from infalign.report import curves, figures
 from infalign.report.words import (
+    captured_cell,
     cautions,
     markdown_table,
     methods_paragraph,
     nats,
     percent,
     points,
+    share_of_gain,
     verdict,
     worse_rows,
 )
@@ -54,6 +56,8 @@ FILTERS = {
     "percent": percent,
     "points": points,
     "nats": nats,
+    "share_of_gain": share_of_gain,
+    "captured_cell": captured_cell,
     "share": _share,
     "standard": _standard,
     "mean_length": _mean_length,

@@ -7,6 +7,7 @@ from typing import Any
 
 from infalign.evaluation.results import Measured, MethodResult
 from infalign.evaluation.tied_limit import tie_notes
+from infalign.report.words import nats, unmoved
 from infalign.wording import counted
 
 
@@ -38,9 +39,9 @@ def text_table(
         cells = []
         for label in labels:
             entry = result.of(label)
-            limit = "" if entry.limit is None else f" ({100 * entry.limit:.1f})"
+            limit = "" if entry.limit is None or not result.moved else f" ({100 * entry.limit:.1f})"
             cells.append(f"{with_margin(entry.win_rate, 100)}{limit}")
-        rows.append([result.label, with_margin(result.kl, 1), *cells])
+        rows.append([result.label, nats(result.kl), *cells])
     lines = [
         f"Win rate against the reference used the same way, in %, ± {first.confidence:.0%} interval; "
         f"{counted(first.num_prompts, 'held-out prompt' if held_out else 'prompt')} × "
@@ -51,6 +52,7 @@ def text_table(
         *columns([header, *rows]),
         "",
         *_judged(results, labels),
+        *(sentence for result in results if (sentence := unmoved(result)) is not None),
         *(comparison["sentence"] for comparison in comparisons if comparison["procedure"] in labels),
     ]
     if kl_budget is not None:
@@ -94,11 +96,11 @@ def _points(entry: Mapping[str, Any], sign: str) -> str:
 
 
 def with_margin(measured: Measured, scale: float) -> str:
-    """The estimate with half its interval: in percent at a scale of 100, else with three digits."""
+    """The estimate and the distance to the farther end of its interval: in percent at a scale of 100, else 3 digits."""
     digits = 1 if scale == 100 else 3
     if measured.low is None or measured.high is None:
         return f"{scale * measured.estimate:.{digits}f} (no interval)"
-    margin = scale * (measured.high - measured.low) / 2
+    margin = scale * max(measured.high - measured.estimate, measured.estimate - measured.low)
     return f"{scale * measured.estimate:.{digits}f} ± {margin:.{digits}f}"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.compare import Comparison
-from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.results import Measured, MethodResult, ProcedureResult
 from infalign.evaluation.tied_limit import tie_notes
 from infalign.wording import counted
 
@@ -44,6 +44,35 @@ def nats(measured: Measured) -> str:
     return f"{measured.estimate:.3f} ({measured.low:.3f} to {measured.high:.3f})"
 
 
+def unmoved(result: MethodResult) -> str | None:
+    """Why nothing is divided by a method's KL, in a sentence; None where it has moved (see `MethodResult.moved`)."""
+    if result.moved:
+        return None
+    if result.kl.low is None:
+        return f"{result.label}: its KL of {nats(result.kl)} nats cannot be told from 0 by these prompts."
+    return (
+        f"{result.label} has hardly moved from the reference, if at all: its KL is {nats(result.kl)} nats. No share "
+        "of a gain and no KL efficiency is given for it; they would be ratios to noise."
+    )
+
+
+def share_of_gain(entry: ProcedureResult) -> str:
+    """The share of the limit's gain that was reached, in words; empty where there is none to state."""
+    if entry.captured is None or entry.limit is None:
+        return ""
+    limit = f"the limit ({100 * entry.limit:.1f}%)"
+    if entry.captured.estimate <= 0:
+        return f"none of the gain at {limit}"
+    return f"{100 * entry.captured.estimate:.0f}% of the gain at {limit}"
+
+
+def captured_cell(result: MethodResult, entry: ProcedureResult) -> str:
+    """The same with its interval, for a column of its own."""
+    if entry.captured is None:
+        return "" if result.moved else "hardly moved"
+    return "none" if entry.captured.estimate <= 0 else percent(entry.captured)
+
+
 def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequence[Comparison]) -> list[Finding]:
     """The findings that matter for the procedure in view: each method against the reference, then against the baseline.
 
@@ -55,7 +84,7 @@ def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequen
     findings: list[Finding] = []
     wins = [result.of(procedure).win_rate for result in results]
     # Several methods are several chances of a false claim, here as between methods.
-    adjusted = holm([difference_estimate(np.subtract(win.per_prompt, 0.5)).p_value for win in wins])
+    adjusted = holm([difference_estimate(np.subtract(win.per_prompt, 0.5), bounds=(-0.5, 0.5)).p_value for win in wins])
     for result, win, p_value in zip(results, wins, adjusted, strict=True):
         excludes_half = win.low is not None and win.high is not None and not win.low <= 0.5 <= win.high
         resolved = excludes_half and p_value < 1 - result.confidence
@@ -98,6 +127,7 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
             f"Intervals are then wide, and too narrow where nearly "
             "every prompt is won or lost."
         )
+    found += [sentence for result in results if (sentence := unmoved(result)) is not None]
     for result in results:
         for entry in result.procedures:
             for name, judged in entry.judged.items():
@@ -173,8 +203,9 @@ def methods_paragraph(results: Sequence[MethodResult], plan: Mapping[str, Any] |
         "inference-time procedure applied to the policy over the same procedure applied to the reference "
         f"({names}) are averages over all subsets of the required size without replacement, which is unbiased; ties "
         f"count one half. Standard errors are clustered by prompt; {first.confidence:.0%} intervals are score "
-        "intervals with the effective number of prompts and Student's t. Differences between methods are paired by "
-        "prompt, tested with a paired t test and adjusted by Holm's method over all comparisons. The KL divergence is "
+        "intervals with the effective number of prompts and Student's t, widened where values are skewed (Hall's "
+        "transformed t). Differences between methods are paired by prompt, tested likewise and adjusted by Holm's "
+        "method over all comparisons. The KL divergence is "
         "the reverse sequence-level KL of the policy from the reference in nats, estimated from full responses. The "
         "theoretical limit is the win rate of the optimal transform of calibrated rewards at the same KL (InfAlign, "
         "arXiv:2412.19792)."
@@ -211,7 +242,7 @@ def markdown_table(
         cells = [percent(result.of(label).win_rate) for label in labels]
         lines.append(f"| {cell(result.label)} | {nats(result.kl)} | " + " | ".join(cells) + " |")
     furthest = max(results, key=lambda result: result.kl.estimate)
-    limits = [furthest.of(label).limit for label in labels]
+    limits = [furthest.of(label).limit if furthest.moved else None for label in labels]
     if any(value is not None for value in limits):
         cells = ["" if value is None else f"{100 * value:.1f}%" for value in limits]
         lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
@@ -220,6 +251,7 @@ def markdown_table(
         *tie_notes([furthest], labels),
         f"{counted(results[0].num_prompts, 'prompt')}; {results[0].confidence:.0%} intervals clustered by prompt.",
     ]
+    lines += [f"- {cell(sentence)}" for result in results if (sentence := unmoved(result)) is not None]
     lines += [f"- {cell(c.sentence)}" for c in comparisons if c.procedure in labels]
     return "\n".join(lines) + "\n"
 

@@ -57,7 +57,12 @@ def measure_procedure(run: Run, decoder: MeasuredProcedure, progress: Progress) 
 def fitted_procedure(run: Run) -> FittedProcedure:
     """The decoder's distortion, once it has been measured."""
     content = run.read_json(PROCEDURE)
-    return FittedProcedure(tuple(content["weights"]), content["num_samples"])
+    return FittedProcedure(
+        tuple(content["weights"]),
+        content["num_samples"],
+        misfit=content.get("misfit", 0.0),
+        rank_counts=tuple(content.get("rank_counts", ())),
+    )
 
 
 def run_through(run: Run, name: str, model: str, number: int, decoder: MeasuredProcedure, progress: Progress) -> None:

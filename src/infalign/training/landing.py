@@ -5,6 +5,11 @@ hold on the policy ends with the learning rate. What is left is a few percent to
 comparison at matched KL. Interpolating between the reference's weights and the trained ones moves along a smooth path
 whose KL grows about as the square of the scale (weight interpolation towards the initial policy: Ramé et al. 2024,
 arXiv 2406.16768). The KL is measured on prompts that were kept out of the updates.
+
+Those are few, and scaling until *their* mean KL is the budget overshoots: where they show 1 + ε times the true KL, the
+landed KL is the budget over 1 + ε, on average (1 + c²/P) times the budget for a coefficient of variation c between
+prompts. So `aim` takes 1/(1 + c²/P) of the budget for its target, and all rounds settle the scale instead of the one
+whose noise brings it nearest.
 """
 
 from __future__ import annotations
@@ -26,6 +31,9 @@ from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 
 SMALLEST, LARGEST = 0.5, 1.5  # how far a landing may scale; beyond that the training itself has to change
+ROUND_NOISE = 0.03  # relative, of one round against another: both draw with the same seed on the same prompts
+SLOPE_SPREAD = 0.5  # how far d log KL / d log scale may lie from 2
+LARGEST_CORRECTION = 0.25  # of c²/P: a KL measured worse than to half its size says little about its own error
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,8 @@ class Landing:
     Attributes:
         scale: Factor on the update θ − θ_ref; 1 leaves the trained policy as it is.
         kl_before: Sequence KL of the trained policy on the steering prompts, in nats.
-        kl: The same after scaling.
-        standard_error: Of `kl`, clustered by prompt.
+        kl: After scaling, as expected on other prompts, in nats.
+        standard_error: Of `kl`, clustered by prompt: how far the choice of steering prompts may have led astray.
         kl_budget: What it should have been, in nats; None in results of earlier versions.
     """
 
@@ -60,6 +68,45 @@ class Landing:
             advice = "train longer, or at a higher learning rate" if too_little else "lower the learning rate"
             told += f"; no scale within {SMALLEST} to {LARGEST} meets the KL budget: {advice}"
         return told
+
+
+@dataclass(frozen=True)
+class Round:
+    """One measurement: the KL in nats, with its error clustered by prompt, at one scale of the update."""
+
+    scale: float
+    kl: float
+    standard_error: float
+
+
+def aim(rounds: Sequence[Round], kl_budget: float) -> Round:
+    """The scale at which the KL is expected to be the budget, with the KL and the error to be expected there.
+
+    A line log KL = a + b log scale through all rounds, those near the target counting most; b is 2 unless the rounds
+    clearly say otherwise. The scale stays within `SMALLEST` and `LARGEST`.
+
+    Args:
+        rounds: Measurements on the same prompts, each with a KL above 0.
+        kl_budget: In nats.
+    """
+    nearest = min(rounds, key=lambda one: abs(math.log(one.kl / kl_budget)))
+    relative = nearest.standard_error / nearest.kl
+    overshoot = 1 + min(relative**2, LARGEST_CORRECTION) if math.isfinite(relative) else 1.0
+    x = np.log([one.scale for one in rounds])
+    y = np.log([one.kl for one in rounds])
+    target = math.log(kl_budget / overshoot)
+    weights = 1 / (ROUND_NOISE**2 + (y - target) ** 2)
+    weights /= weights.sum()
+    mean_x, mean_y = float(weights @ x), float(weights @ y)
+    # Ridge: rounds close together say little about the slope.
+    lever = len(rounds) * float(weights @ (x - mean_x) ** 2)
+    rise = len(rounds) * float(weights @ ((x - mean_x) * (y - mean_y - 2 * (x - mean_x))))
+    slope = 2 + rise / (lever + (ROUND_NOISE / SLOPE_SPREAD) ** 2)
+    slope = max(slope, 0.1)  # a KL that does not rise with the scale leaves the scale at a limit
+    scale = math.exp(min(math.log(LARGEST), max(math.log(SMALLEST), mean_x + (target - mean_y) / slope)))
+    scale = min(LARGEST, max(SMALLEST, scale))
+    kl = overshoot * math.exp(mean_y + slope * (math.log(scale) - mean_x))
+    return Round(scale, kl, relative * kl)
 
 
 def land(
@@ -91,21 +138,21 @@ def land(
     """
     samples = max(4, -(-rollouts // len(prompts)))
     update = _Update(model, reference)
-    scale, rounds = 1.0, []
+    scale, rounds = 1.0, list[Round]()
     for _ in range(max_rounds):
         update.set(scale)
         kl_P = _kl_per_prompt(model, reference, tokenizer, prompts, samples, max_new_tokens, seed)
-        kl, error = float(kl_P.mean()), float(kl_P.std(ddof=1) / math.sqrt(len(kl_P))) if len(kl_P) > 1 else math.nan
-        rounds.append((scale, kl, error))
-        if abs(kl / kl_budget - 1) <= tolerance or kl <= 0:
+        error = float(kl_P.std(ddof=1) / math.sqrt(len(kl_P))) if len(kl_P) > 1 else math.nan
+        rounds.append(Round(scale, float(kl_P.mean()), error))
+        if rounds[-1].kl <= 0:  # nothing to scale
+            return Landing(scale, rounds[0].kl, rounds[-1].kl, error, kl_budget)
+        proposed = aim(rounds, kl_budget)
+        if abs(math.log(proposed.scale / scale)) <= tolerance / 2:  # the KL goes with the square
             break
-        proposed = min(LARGEST, max(SMALLEST, scale * math.sqrt(kl_budget / kl)))
-        if proposed == scale:
-            break
-        scale = proposed
-    scale, kl, error = min(rounds, key=lambda one: abs(math.log(max(one[1], 1e-12) / kl_budget)))
-    update.set(scale)
-    return Landing(scale=scale, kl_before=rounds[0][1], kl=kl, standard_error=error, kl_budget=kl_budget)
+        scale = proposed.scale
+    landed = aim(rounds, kl_budget)
+    update.set(landed.scale)
+    return Landing(landed.scale, rounds[0].kl, landed.kl, landed.standard_error, kl_budget)
 
 
 class _Update:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.estimators import mean_estimate
+from infalign.estimators import mean_estimate, moved
 from infalign.theory.plan import frontier
 from infalign.training.mixture import mixture_kl
 from infalign.training.ranked import mean_per_prompt
@@ -35,7 +35,8 @@ class StepReport:
 
         Returns:
             `sequence_kl`; `sequence_kl_error` where there are at least two prompts; `frontier_share`, that is
-            (W − ½)/(limit(KL) − ½), where the win rate can be estimated and the KL is above zero.
+            (W − ½)/(limit(KL) − ½), where the win rate can be estimated and the policy has moved: its KL is two
+            standard errors above zero and at least `estimators.divergence.LEAST_KL`.
         """
         ranked = self._reward.ranked
         assert ranked is not None, "rollouts are scored before they are reported"
@@ -44,12 +45,14 @@ class StepReport:
         weight = self._reward.mixture_weight
         kl = mean_estimate(mean_per_prompt(mixture_kl(log_ratio_B, weight), ranked.prompt_B))
         report = {"sequence_kl": kl.estimate}
+        error = kl.standard_error
         if weight < 1.0:
             report["aligned_kl"] = float(mean_per_prompt(log_ratio_B, ranked.prompt_B).mean())
         if kl.num_prompts > 1:
-            report["sequence_kl_error"] = kl.standard_error
+            report["sequence_kl_error"] = error
         win_rate = self._reward.win_rate
-        if self._frontier is not None and win_rate is not None and kl.estimate > 0:
+        # A step has too few prompts for an interval; two standard errors keep ratios to noise out of the log.
+        if self._frontier is not None and win_rate is not None and moved(kl.estimate, kl.estimate - 2 * error):
             limit = float(self._frontier.at(min(kl.estimate, float(self._frontier.kl[-1]))))
             report["frontier_share"] = (win_rate - 0.5) / (limit - 0.5)
         return report
