@@ -92,7 +92,7 @@ class Frontier:
         Raises:
             InputError: If a KL is negative, not finite or beyond the curve.
         """
-        wanted = _kls(kls, "Frontier.at")
+        wanted = check_kls(kls, "Frontier.at")
         if wanted.size and wanted.max() > self.kl[-1] * (1 + 1e-9):
             raise InputError(
                 f"a KL of {wanted.max():g} nats is beyond the curve",
@@ -288,7 +288,7 @@ def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: Inference
     Raises:
         InputError: If a KL is negative or not finite.
     """
-    wanted = _kls(kls, "limit")
+    wanted = check_kls(kls, "limit")
     curve = frontier(procedure, max(float(wanted.max(initial=0.0)), 1e-6), 40, opponent)
     return curve.at(np.minimum(wanted, curve.kl[-1]))
 
@@ -321,7 +321,7 @@ def _option(
     )
 
 
-def _kls(values: npt.ArrayLike, where: str) -> Array:
+def check_kls(values: npt.ArrayLike, where: str) -> Array:
     """KLs as float64, refused unless every one is finite and at least 0."""
     try:
         kls = np.asarray(values, dtype=np.float64)
