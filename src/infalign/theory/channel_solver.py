@@ -185,7 +185,7 @@ class Problem:
                 # R/β has the right values also where this policy has no mass; only a true optimum stays where it is.
                 exact = Policy.of(self.grid, self.reward(policy) / self.beta)
                 reached = self.value(exact)
-                if abs(reached - self.value(policy)) <= 1e-10:
+                if abs(reached - self.value(policy)) <= 1e-10 + 1e-14 * self.beta:
                     return exact, True
                 if reached < value:
                     return policy, False
@@ -272,6 +272,8 @@ def solve(
     if not near:
         higher = [solve(objective, 4.0 * beta, predictability, thorough=False)] if beta < _EASY_BETA else []
         starts = [solved.start for solved in higher] or [lambda problem: np.zeros_like(problem.grid.s)]
+    if near and not objective.concave:
+        starts.append(lambda problem: np.zeros_like(problem.grid.s))
     if thorough and not objective.concave:
         starts += [partial(_shape, shape) for shape in shapes()]
     problem = Problem(objective, beta, near[0].problem.grid if near else Grid.first(predictability))

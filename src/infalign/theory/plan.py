@@ -17,6 +17,7 @@ import numpy.typing as npt
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard, check_is_procedure, whole_number
 from infalign.theory.alternatives import beta_for_kl, named_tilts
+from infalign.theory.channel import ChannelPolicy
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
 from infalign.theory.optimal import SMALLEST_BETA, OptimalTransform, optimal_transform
 from infalign.theory.solver import Solution, solve
@@ -49,7 +50,7 @@ class Option:
     kl: float
     win_rate: float
     standard_win_rate: float
-    tilt: TiltedPolicy = field(repr=False)
+    tilt: TiltedPolicy | ChannelPolicy = field(repr=False)
     other_win_rates: dict[str, float] = field(default_factory=dict[str, float])
     note: str = ""
 
@@ -121,6 +122,9 @@ class Plan:
         alternatives: The named transforms at the same KL.
         finite_k: What is left when calibration uses K reference rollouts per prompt, for every K asked for.
         left_out: Named transforms that cannot spend this KL, with the reason.
+        predictability: ρ, how well the policy can tell the reward from its own text; 1 in the idealised theory.
+        idealised: With a predictability below 1, what the idealised theory (M9) has at the same KL; None if it is out
+            of reach.
     """
 
     procedure: InferenceProcedure
@@ -129,10 +133,18 @@ class Plan:
     alternatives: tuple[Option, ...]
     finite_k: tuple[FiniteKPrediction, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict[str, str])
+    predictability: float = 1.0
+    idealised: Option | None = None
 
     @cached_property
     def frontier(self) -> Frontier:
         """The best win rate at each KL, to twice this plan's KL or as far as the solver goes."""
+        if self.predictability < 1.0:
+            from infalign.theory.channel_path import channel_frontier
+
+            return Frontier(
+                *channel_frontier(self.procedure, self.predictability, 2.0 * self.best.kl, opponent=self.opponent)
+            )
         return frontier(self.procedure, max_kl=2.0 * self.best.kl, opponent=self.opponent)
 
     def to_dict(self, *, with_transforms: bool = True) -> dict[str, Any]:
@@ -152,6 +164,10 @@ class Plan:
                 "beta": [None, *self.frontier.beta[1:].tolist()],
             },
         }
+        if self.predictability < 1.0:
+            content["predictability"] = self.predictability
+            ideal = self.idealised
+            content["idealised"] = None if ideal is None else ideal.to_dict(with_transform=with_transforms)
         if self.left_out:
             content["left_out"] = dict(self.left_out)
         if self.finite_k:
@@ -168,6 +184,7 @@ def plan(
     num_ref: int | Sequence[int] = (),
     others: InferenceProcedure | Sequence[InferenceProcedure] = (),
     seed: int = 0,
+    predictability: float = 1.0,
 ) -> Plan:
     """Find the optimal transform for a procedure, at a β or at a KL budget, beside the named transforms at the same KL.
 
@@ -179,6 +196,8 @@ def plan(
         num_ref: Also predict what is left with so many reference rollouts per prompt (M6); one number or several.
         others: Procedures whose win rates are wanted too, each against itself; one or several.
         seed: Of the simulation behind `num_ref`.
+        predictability: ρ, the correlation of what the policy can tell about its own text with the reward (M14). Below 1
+            the plan is that of M15, which needs about half the β at 0.7; its level is a Gaussian model's.
 
     Raises:
         InputError: If neither or both of beta and kl_budget are given, one is out of range, or the budget is out of
@@ -195,6 +214,10 @@ def plan(
     others = (others,) if isinstance(others, InferenceProcedure) else tuple(others)
     for other in others:
         check_is_procedure(other, "others")
+    if predictability != 1.0:
+        from infalign.theory.channel_plan import plan_in_channel
+
+        return plan_in_channel(procedure, beta, kl_budget, predictability, opponent, counts, others)
     if beta is not None:
         optimum = optimal_transform(procedure, beta, opponent)
     else:
@@ -272,13 +295,19 @@ def frontier(
     )
 
 
-def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: InferenceProcedure | None = None) -> Array:
+def limit(
+    procedure: InferenceProcedure,
+    kls: npt.ArrayLike,
+    opponent: InferenceProcedure | None = None,
+    predictability: float = 1.0,
+) -> Array:
     """The theoretical limit: the best win rate at each KL (section 5).
 
     Args:
         procedure: What is done with the policy.
         kls: KLs in nats, at least 0, any shape.
         opponent: What is done with the reference; the same procedure if None.
+        predictability: ρ, the correlation of what the policy can tell about its own text with the reward (M14, M15).
 
     Returns:
         Win rates, same shape, to about 1e-6. Beyond the largest KL that is numerically reachable (β = 1e-7) the win
@@ -288,6 +317,10 @@ def limit(procedure: InferenceProcedure, kls: npt.ArrayLike, opponent: Inference
     Raises:
         InputError: If a KL is negative or not finite.
     """
+    if predictability != 1.0:
+        from infalign.theory.channel_path import channel_limit
+
+        return channel_limit(procedure, kls, predictability, opponent)
     wanted = check_kls(kls, "limit")
     curve = frontier(procedure, max(float(wanted.max(initial=0.0)), 1e-6), 40, opponent)
     return curve.at(np.minimum(wanted, curve.kl[-1]))
