@@ -45,6 +45,8 @@ class ProcedureResult:
             KL's; None where `limit` is.
         judged: Win rate by each further reward where the procedure still chooses by the first: what a user gets if
             that other reward is the truth.
+        predictable_limit: The limit at the measured KL for a policy that tells the reward from its own text as well as
+            `Evaluation.predictability` says (Gaussian model, M15); None where that is not known.
     """
 
     procedure: str
@@ -54,6 +56,30 @@ class ProcedureResult:
     limit: float | None
     captured: Measured | None
     judged: dict[str, Measured] = field(default_factory=dict)
+    predictable_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Predictability:
+    """How well a policy tells the reward from its own text: ρ of the Gaussian channel (M14).
+
+    Attributes:
+        estimate: ρ, from the policy's standard win rate at its KL; None where they do not show it.
+        standard_error: From the jackknife over prompts; None where it is not known.
+        low: Lower end of its interval.
+        high: Upper end.
+        policy: Label of the policy it is from.
+        identity: Whether that policy is taken to be aligned with identity.
+        reason: Why there is no estimate, or no error.
+    """
+
+    estimate: float | None
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    policy: str
+    identity: bool
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

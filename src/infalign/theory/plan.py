@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, Standard, check_is_procedure, whole_number
+from infalign.procedures import BestOfN, InferenceProcedure, Standard, WorstOfN, check_is_procedure, whole_number
 from infalign.theory.alternatives import beta_for_kl, named_tilts
 from infalign.theory.channel import ChannelPolicy
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
@@ -24,6 +24,9 @@ from infalign.theory.solver import Solution, solve
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
 from infalign.transforms import RewardTransform, positive_number
+
+if TYPE_CHECKING:
+    from infalign.theory.predictability import GainAtN
 
 Array = npt.NDArray[np.float64]
 
@@ -147,6 +150,28 @@ class Plan:
             )
         return frontier(self.procedure, max_kl=2.0 * self.best.kl, opponent=self.opponent)
 
+    @cached_property
+    def by_n(self) -> tuple[GainAtN, ...]:
+        """What several N would gain at this KL and predictability; empty unless this is Best-of-N or Worst-of-N."""
+        if (
+            self.predictability == 1.0
+            or self.opponent is not None
+            or not isinstance(self.procedure, BestOfN | WorstOfN)
+        ):
+            return ()
+        from infalign.theory.predictability import gains_by_n
+
+        return gains_by_n(type(self.procedure), self.best.kl, self.predictability)
+
+    @cached_property
+    def usual(self) -> dict[str, float] | None:
+        """Of an idealised plan: limit and identity at its KL for the predictability that a small model has, about."""
+        if self.predictability != 1.0:
+            return None
+        from infalign.theory.predictability import usual_gain
+
+        return usual_gain(self.procedure, self.best.kl, self.opponent)
+
     def to_dict(self, *, with_transforms: bool = True) -> dict[str, Any]:
         """JSON-ready. The best option's fields are repeated at the top level."""
         content: dict[str, Any] = {
@@ -168,6 +193,7 @@ class Plan:
             content["predictability"] = self.predictability
             ideal = self.idealised
             content["idealised"] = None if ideal is None else ideal.to_dict(with_transform=with_transforms)
+            content["by_n"] = [gain.to_dict() for gain in self.by_n]
         if self.left_out:
             content["left_out"] = dict(self.left_out)
         if self.finite_k:
