@@ -45,9 +45,9 @@ def implied_predictability(
         confidence: Level of the interval.
 
     Returns:
-        ρ with the error of the jackknife over prompts. Without an estimate, and with the reason, where the policy spends
-        no KL or wins no more than half: then nothing can be told. An estimate of 1 says that the policy wins at least
-        as much as one that tilts the rank itself.
+        ρ with the error of the jackknife over prompts. Without an estimate, and with the reason, where the policy
+        spends no KL or wins no more than half: then nothing can be told. An estimate of 1 says that the policy wins at
+        least as much as one that tilts the rank itself.
 
     Raises:
         InputError: If the two do not have one value for each prompt.
@@ -136,6 +136,8 @@ def with_predictability(
         label=result.label,
         confidence=result.confidence,
     )
+    if transforms is None and (result.series or result.label) != "identity":
+        found = replace(found, identity=False)  # nobody said what it was aligned with
     if found.estimate is None:
         return list(results), found
     by_label = {procedure.label: procedure for procedure in procedures}
@@ -174,6 +176,16 @@ def _limited(result: MethodResult, rho: float, procedures: Mapping[str, Inferenc
         for entry in result.procedures
     ]
     return replace(result, procedures=entries)
+
+
+def limit_name(found: Predictability) -> str:
+    """What the second curve is called: "limit for a policy that predicts this reward as well as identity does (…)"."""
+    assert found.estimate is not None
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+    return (
+        f"limit for a policy that predicts this reward as well as {found.policy} does "
+        f"(ρ = {found.estimate:.2f}{error}; Gaussian model)"
+    )
 
 
 def _limit_at(procedure: InferenceProcedure, kl: float, rho: float) -> float | None:
