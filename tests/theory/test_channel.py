@@ -10,6 +10,7 @@ import infalign as ia
 from infalign.errors import InputError
 from infalign.theory.channel import channel_optimum, channel_tilt
 from infalign.theory.channel_path import channel_limit, channel_optimum_at_kl
+from infalign.theory.predictability import channel_tilt_at_kl, gains_by_n, raw_tilt_at_kl, with_num_ref
 from infalign.theory.winrate import Objective
 
 # METHOD.md 9.1: the optimum and identity at 0.5 nats.
@@ -18,6 +19,12 @@ M15 = {
     0.7: [(0.777, 0.749), (0.889, 0.792), (0.979, 0.822), (0.797, 0.777), (0.898, 0.843)],
     0.9: [(0.843, 0.789), (0.953, 0.813), (0.997, 0.825), (0.894, 0.852), (0.986, 0.907)],
     1.0: [(0.873, 0.800), (0.972, 0.805), (0.999, 0.807), (0.948, 0.886), (0.9999, 0.924)],
+}
+# The same for a linear tilt of s: Best-of-N and Worst-of-N are mirror images.
+RAW = {
+    0.5: {4: 0.695, 16: 0.747, 64: 0.791},
+    0.7: {4: 0.762, 16: 0.824, 64: 0.870},
+    0.9: {4: 0.820, 16: 0.883, 64: 0.923},
 }
 PROCEDURES = [ia.BestOfN(4), ia.BestOfN(16), ia.BestOfN(64), ia.WorstOfN(4), ia.WorstOfN(16)]
 
@@ -74,8 +81,9 @@ def test_the_tables_of_the_method(rho):
         optimum = channel_optimum_at_kl(procedure, 0.5, rho)
         assert optimum.kl == pytest.approx(0.5, rel=1e-8)
         assert optimum.win_rate == pytest.approx(best, abs=6e-4)
-        beta = optimize.brentq(lambda b, rho=rho: channel_tilt(ia.Identity(), b, rho).kl - 0.5, 1e-3, 3)
-        assert channel_tilt(ia.Identity(), beta, rho).win_rate(procedure) == pytest.approx(identity, abs=6e-4)
+        assert channel_tilt_at_kl(ia.Identity(), 0.5, rho).win_rate(procedure) == pytest.approx(identity, abs=6e-4)
+        if rho < 1:
+            assert raw_tilt_at_kl(0.5, rho).win_rate(procedure) == pytest.approx(RAW[rho][procedure.n], abs=6e-4)
 
 
 @pytest.mark.parametrize(
@@ -236,3 +244,48 @@ def test_every_part_of_a_mixture_counts():
     parts = 0.7 * optimum.policy.win_rate(ia.Standard()) + 0.3 * optimum.policy.win_rate(ia.BestOfN(8))
     assert optimum.win_rate == pytest.approx(parts, abs=1e-10)
     assert len(Objective.of(mixture).terms) == 2
+
+
+def test_a_plan_and_the_limit_take_a_predictability():
+    plan = ia.plan(ia.BestOfN(16), kl_budget=0.5, predictability=0.7, num_ref=64, others=ia.Standard())
+    optimum = channel_optimum_at_kl(ia.BestOfN(16), 0.5, 0.7)
+    assert (plan.predictability, plan.best.beta) == (0.7, pytest.approx(optimum.beta, rel=1e-7))
+    assert plan.idealised.win_rate == pytest.approx(ia.plan(ia.BestOfN(16), kl_budget=0.5).best.win_rate, abs=1e-9)
+    assert plan.best.win_rate == pytest.approx(float(ia.limit(ia.BestOfN(16), 0.5, predictability=0.7)), abs=1e-7)
+    for option in plan.alternatives:
+        assert option.kl == pytest.approx(0.5, rel=1e-6)
+        assert option.win_rate <= plan.best.win_rate + 1e-7
+        assert option.other_win_rates == {"Standard": option.standard_win_rate}
+    # The curve to interpolate agrees with single points.
+    kls = [0.03, 0.3, 0.9]
+    np.testing.assert_allclose(plan.frontier.at(kls), ia.limit(ia.BestOfN(16), kls, predictability=0.7), atol=1e-6)
+
+
+def test_few_references_cost_what_simulation_says():
+    """K = 8 references per prompt, the posterior mean as reward, by simulation at two scores."""
+    rho, num_ref = 0.7, 8
+    optimum = channel_optimum_at_kl(ia.BestOfN(16), 0.5, rho)
+    coarse = with_num_ref(optimum.transform, num_ref)
+    rng = np.random.default_rng(3)
+    b = np.arange(num_ref + 1)
+    by_rank = [
+        stats.beta(k + 1, num_ref - k + 1).expect(lambda u: float(optimum.transform(min(max(u, 0.0), 1.0)))) for k in b
+    ]
+    for s in (0.0, 2.0):
+        u = stats.norm.cdf(rho * s + np.sqrt(1 - rho**2) * rng.standard_normal(200_000))
+        seen = np.array(by_rank)[rng.binomial(num_ref, u)]
+        # Four standard errors; seeded.
+        assert coarse(u).mean() == pytest.approx(seen.mean(), abs=4 * (seen - coarse(u)).std() / np.sqrt(u.size))
+    policy = channel_tilt_at_kl(coarse, 0.5, rho)
+    assert policy.win_rate(ia.BestOfN(16)) < optimum.win_rate - 0.02
+
+
+def test_the_table_of_n_names_the_k_that_is_enough():
+    four, sixteen = gains_by_n(ia.BestOfN, 0.5, 0.7, sizes=(4, 16))
+    assert (four.num_ref, sixteen.num_ref) == (16, 128)
+    assert sixteen.gain == pytest.approx(0.097, abs=1e-3)
+    assert sixteen.ideal_limit == pytest.approx(0.972, abs=1e-3)
+    # Worst-of-64 cannot spend half a nat where it tilts the rank itself.
+    (worst,) = gains_by_n(ia.WorstOfN, 0.5, 0.6, sizes=(64,))
+    assert worst.ideal_limit is None
+    assert worst.limit == pytest.approx(0.910, abs=1e-3)

@@ -223,7 +223,7 @@ def plan(
         others: Procedures whose win rates are wanted too, each against itself; one or several.
         seed: Of the simulation behind `num_ref`.
         predictability: ρ, the correlation of what the policy can tell about its own text with the reward (M14). Below 1
-            the plan is that of M15, which needs about half the β at 0.7; its level is a Gaussian model's.
+            the plan is that of M15: mostly another β; its level is a Gaussian model's.
 
     Raises:
         InputError: If neither or both of beta and kl_budget are given, one is out of range, or the budget is out of

@@ -84,14 +84,12 @@ def channel_tilt_at_kl(transform: RewardTransform, kl: float, predictability: fl
     whose = f"the transform {transform.label!r} at a predictability of {predictability:g}"
     if predictability == 1.0:
         return _at_kl(lambda beta: channel_tilt(transform, beta, 1.0), kl, whose)
-    reward = reward_of(transform, predictability)
+    reward = _remembered(reward_of(transform, predictability))
     return _at_kl(lambda beta: tilt_by(reward, beta, predictability), kl, whose)
 
 
 def raw_tilt_at_kl(kl: float, predictability: float) -> ChannelPolicy:
-    """A linear tilt of s: where a raw reward leads that is Gaussian within every prompt, with one scale."""
-    if predictability == 1.0:
-        return channel_tilt_at_kl(normal_scores(), kl, 1.0)
+    """A linear tilt of s: where a raw reward leads that is Gaussian within every prompt, with one scale; ρ below 1."""
     # E[Z | s] = ρ s, and a shift by m costs m²/2.
     return tilt_by(lambda s: predictability * s, predictability / math.sqrt(2.0 * kl), predictability)
 
@@ -115,12 +113,12 @@ def best_channel_exponent(
             return -math.inf
         return policy.win_rate(procedure, opponent)
 
-    grid = np.linspace(-5.0, 5.0, 11)
+    grid = np.linspace(-5.0, 5.0, 9)
     wins = [win(float(x)) for x in grid]
     at = int(np.argmax(wins))
     low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, grid.size - 1)])
     golden = (math.sqrt(5.0) - 1.0) / 2.0
-    for _ in range(8):
+    for _ in range(6):
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (low, right) if win(left) >= win(right) else (left, high)
     t = math.sinh(0.5 * (low + high))
@@ -260,6 +258,19 @@ def _log_binomial(num_ref: int, t: Array) -> Array:
     log_u, log_v = -np.logaddexp(0.0, -t), -np.logaddexp(0.0, t)
     choose = gammaln(num_ref + 1.0) - gammaln(b + 1.0) - gammaln(num_ref - b + 1.0)
     return choose + b * log_u + (num_ref - b) * log_v
+
+
+def _remembered(reward: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The same function, computed once for each array of scores: it does not depend on β."""
+    known: dict[bytes, Array] = {}
+
+    def looked_up(s: Array) -> Array:
+        key = s.tobytes()
+        if key not in known:
+            known[key] = reward(s)
+        return known[key]
+
+    return looked_up
 
 
 def _at_kl(make: Callable[[float], ChannelPolicy], kl: float, whose: str) -> ChannelPolicy:
