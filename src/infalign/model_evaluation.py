@@ -17,6 +17,7 @@ from infalign.data import PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure
@@ -253,6 +254,7 @@ class _Evaluator:
         for candidate in job.candidates:
             store = stores[candidate.label] = self._draw(candidate.label, candidate.model, None)
             results.append(self._measure(candidate, store, reference))
+        results, predictability = with_predictability(results, job.procedures)
         first, *others = results
         evaluation = Evaluation(
             name=job.out.resolve().name,
@@ -270,6 +272,7 @@ class _Evaluator:
             held_out=checked.held_out,
             settings=self._settings(),
             versions=versions(),
+            predictability=predictability,
         )
         write_json(job.out / FILE, evaluation.to_dict())
         with self.reporter.stage("Write the report"):

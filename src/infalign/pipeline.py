@@ -411,7 +411,12 @@ class Pipeline:
         evaluation = Evaluation.read(self.out)
         n = self.recipe.target_procedure.n
         text = text_table(
-            evaluation.results, evaluation.comparisons, n, evaluation.kl_budget, judge="the training reward"
+            evaluation.results,
+            evaluation.comparisons,
+            n,
+            evaluation.kl_budget,
+            judge="the training reward",
+            predictability=evaluation.predictability,
         )
         if self._decoder is None:
             return {"text": text, **evaluation.to_dict()}

@@ -14,7 +14,10 @@ class _Special(Protocol):
     betainc: Callable[[Any, Any, Any], Any]
     betaln: Callable[[Any, Any], Any]
     gammaln: Callable[[Any], Any]
+    log_ndtr: Callable[[Any], Any]
     logsumexp: Callable[..., Any]
+    ndtr: Callable[[Any], Any]
+    ndtri: Callable[[Any], Any]
     psi: Callable[[Any], Any]
     xlogy: Callable[[Any, Any], Any]
     xlog1py: Callable[[Any, Any], Any]
@@ -23,6 +26,7 @@ class _Special(Protocol):
 _typed = cast(_Special, _scipy_special)
 betainc, betaln, gammaln, logsumexp, psi = _typed.betainc, _typed.betaln, _typed.gammaln, _typed.logsumexp, _typed.psi
 xlogy, xlog1py = _typed.xlogy, _typed.xlog1py
+ndtr, ndtri, log_ndtr = _typed.ndtr, _typed.ndtri, _typed.log_ndtr
 
 
 def beta_density(a: Any, b: Any, q: Any) -> npt.NDArray[np.float64]:

@@ -146,3 +146,55 @@ def test_every_public_name_is_there():
         assert name in dir(ia)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ia.nothing
+
+
+def test_predictability_gives_both_limits_and_what_each_n_brings(plan, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = plan("best-of-16", "--kl", 0.5, "--predictability", 0.7)
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    text = " ".join(result.stdout.split())
+    # METHOD.md 9.1: .889 / .792 at Best-of-16, .979 / .822 at Best-of-64.
+    assert "Limit 0.8891 at a predictability of 0.7 (Gaussian model); 0.9717 for a policy" in text
+    assert "beta 0.21516" in text
+    assert "Best-of-16 0.889 0.792 9.7 pt 12.3 0.972" in text
+    assert "Best-of-64 0.979 0.822 15.7 pt" in text
+    assert "raw" in text
+    assert "one-sided" in text
+    assert "Hint" not in text
+
+
+def test_predictability_in_json(plan):
+    content = json.loads(plan("worst-of-4", "--kl", 0.5, "--predictability", 0.5, "--num-ref", 32, "--json").stdout)
+    assert content["predictability"] == 0.5
+    assert content["win_rate"] == pytest.approx(0.708, abs=6e-4)
+    assert content["idealised"]["win_rate"] == pytest.approx(0.948, abs=6e-4)
+    rates = {option["label"]: option["win_rate"] for option in content["alternatives"]}
+    assert rates["identity"] == pytest.approx(0.700, abs=6e-4)
+    assert rates["raw"] == pytest.approx(0.695, abs=6e-4)
+    assert all(rate <= content["win_rate"] + 1e-7 for rate in rates.values())
+    assert [gain["n"] for gain in content["by_n"]] == [4, 8, 16, 32, 64]
+    assert content["frontier"]["kl"][-1] >= 1.0
+    assert 0 < content["finite_k"][0]["win_rate_lost"] < 0.005
+    assert "usual" not in content
+
+
+def test_without_it_there_is_a_hint(plan):
+    text = " ".join(plan("best-of-16", "--kl", 0.5).stdout.split())
+    assert "rarely has a predictability above 0.7. At 0.6 the limit here is 0.843" in text
+    assert "--predictability 0.6" in text
+    usual = json.loads(plan("best-of-16", "--kl", 0.5, "--json").stdout)["usual"]
+    assert usual["identity"] == pytest.approx(0.768, abs=6e-4)
+
+
+def test_a_predictability_that_is_none_is_refused(plan):
+    with pytest.raises(ia.errors.InputError, match="out of range"):
+        plan("best-of-4", "--kl", 0.5, "--predictability", 1.5)
+
+
+def test_its_plan_can_be_drawn_and_stored(plan, tmp_path):
+    picture, stored = tmp_path / "plan.svg", tmp_path / "transform.json"
+    result = plan("best-of-4", "--kl", 0.5, "--predictability", 0.7, "--plot", picture, "--save", stored)
+    assert result.exit_code == 0
+    assert picture.stat().st_size > 10_000
+    assert ia.RewardTransform.load(stored)(1.0) > 0

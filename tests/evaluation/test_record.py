@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+import infalign as ia
 from infalign.errors import InputError, StorageError
+from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import Evaluation
 from tests.evaluation.test_runs import evaluation, gaussian
 
@@ -13,6 +15,24 @@ def test_survives_json(tmp_path):
     original = evaluation(gaussian("a", 0.5), warnings=["mind this"], settings={"seed": 1})
     (tmp_path / "evaluation.json").write_text(json.dumps(original.to_dict(), allow_nan=False))
     assert Evaluation.read(tmp_path) == original
+
+
+def test_predictability_survives_json_and_may_be_missing(tmp_path):
+    results, found = with_predictability([gaussian("identity", 0.5)], [ia.BestOfN(4), ia.Standard()])
+    original = evaluation(*results, predictability=found)
+    content = original.to_dict()
+    (tmp_path / "evaluation.json").write_text(json.dumps(content, allow_nan=False))
+    assert Evaluation.read(tmp_path) == original
+    assert content["predictability"]["policy"] == "identity"
+    # Files of earlier versions have neither.
+    del content["predictability"]
+    for result in content["results"]:
+        for entry in result["procedures"]:
+            del entry["predictable_limit"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content, allow_nan=False))
+    old = Evaluation.read(tmp_path)
+    assert old.predictability is None
+    assert old.results[0].procedures[0].predictable_limit is None
 
 
 @pytest.mark.parametrize("missing", ["results", "reference", "stores"])

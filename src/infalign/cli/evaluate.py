@@ -167,7 +167,11 @@ def evaluate_command(
         reporter.say("Stopped; the same command goes on from here.")
         raise typer.Exit(130) from None
     report = str(job.out / "report.html")
-    text = text_table(*(evaluation.results, evaluation.comparisons, chosen[0].n, None), held_out=evaluation.held_out)
+    text = text_table(
+        *(evaluation.results, evaluation.comparisons, chosen[0].n, None),
+        held_out=evaluation.held_out,
+        predictability=evaluation.predictability,
+    )
     text = "\n".join([text, *(f"Note: {warning}" for warning in evaluation.warnings), "", f"Report: {report}"])
     print_result({"text": text, **evaluation.to_dict(), "report": report}, json_)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from infalign.errors import InputError
 from infalign.estimators import Difference, Estimate, difference_estimate, mean_estimate
-from infalign.evaluation.results import MethodResult
+from infalign.evaluation.predictability import limit_curve, limit_name
+from infalign.evaluation.results import MethodResult, Predictability
 from infalign.procedures import procedure_from_dict
 from infalign.theory.plan import limit
 
@@ -39,6 +40,8 @@ class Frontier:
         limit_kls: KLs in nats at which the limit was computed, from 0; empty where the procedure could not be stored.
         limit_win_rates: Best win rate at each of them.
         limit_with_ties: Whether the curve is that for the reward levels as they are.
+        predictable_win_rates: The same for a policy of the predictability found (M15); empty where it is not known.
+        predictable_label: What that curve is called.
     """
 
     procedure: str
@@ -46,19 +49,28 @@ class Frontier:
     limit_kls: list[float]
     limit_win_rates: list[float]
     limit_with_ties: bool = False
+    predictable_win_rates: list[float] = field(default_factory=list[float])
+    predictable_label: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
         return asdict(self)
 
 
-def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_points: int = 40) -> Frontier:
+def frontier(
+    results: Sequence[MethodResult],
+    procedure: str,
+    *,
+    num_limit_points: int = 40,
+    predictability: Predictability | None = None,
+) -> Frontier:
     """Points and limit curve of one procedure.
 
     Args:
         results: Methods, all measured under the procedure.
         procedure: Its label.
         num_limit_points: Points on the limit curve.
+        predictability: As stored by the evaluation, for the second curve.
 
     Raises:
         InputError: If there is no result, or one was not measured under the procedure.
@@ -90,7 +102,11 @@ def frontier(results: Sequence[MethodResult], procedure: str, *, num_limit_point
             win_rates = limit(procedure_from_dict(spec), kls)
         else:
             win_rates = np.interp(np.sqrt(kls), np.sqrt(tied.kls), tied.win_rates)
-        return Frontier(procedure, points, kls.tolist(), win_rates.tolist(), limit_with_ties=tied is not None)
+        second, label = [], ""
+        if predictability is not None and predictability.estimate is not None:
+            second = limit_curve(spec, kls.tolist(), predictability.estimate)
+            label = limit_name(predictability) if second else ""
+        return Frontier(procedure, points, kls.tolist(), win_rates.tolist(), tied is not None, second, label)
     return Frontier(procedure, points, [], [])
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, StorageError
-from infalign.evaluation.results import MethodResult
+from infalign.evaluation.results import MethodResult, Predictability
 
 FILE = "evaluation.json"
 _OLD = "Evaluate again with the same command: what was drawn and scored is kept"
@@ -36,6 +36,8 @@ class Evaluation:
         held_out: Whether no prompt is known to have been trained on by a model.
         settings: What was asked for.
         versions: Versions of packages.
+        predictability: How well one of the policies tells the reward from its own text; None in files of earlier
+            versions, and where no policy was measured by single samples.
     """
 
     name: str
@@ -53,10 +55,16 @@ class Evaluation:
     held_out: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    predictability: Predictability | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return {**vars(self), "results": [result.to_dict() for result in self.results]}
+        found = self.predictability
+        return {
+            **vars(self),
+            "results": [result.to_dict() for result in self.results],
+            "predictability": None if found is None else asdict(found),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = FILE) -> Evaluation:
@@ -70,7 +78,14 @@ class Evaluation:
             InputError: If a field is missing or unknown, as in files of earlier versions.
         """
         try:
-            return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
+            found = data.get("predictability")
+            return cls(
+                **{
+                    **data,
+                    "results": [MethodResult.from_dict(entry) for entry in data["results"]],
+                    "predictability": None if found is None else Predictability(**found),
+                }
+            )
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(_written_otherwise(data), where=where, hint=_OLD) from error
 

@@ -57,6 +57,8 @@ class ProcedureResult:
         limit_without_ties: What `limit` would be for a continuous reward; None where `limit` is, and in evaluations
             that were stored before ties were taken into account.
         tied_limit: The limit with ties at every KL, where `limit` is with ties.
+        predictable_limit: The limit at the measured KL for a policy that tells the reward from its own text as well as
+            `Evaluation.predictability` says (Gaussian model, M15); None where that is not known.
     """
 
     procedure: str
@@ -68,6 +70,30 @@ class ProcedureResult:
     judged: dict[str, Measured] = field(default_factory=dict)
     limit_without_ties: float | None = None
     tied_limit: TiedLimit | None = None
+    predictable_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Predictability:
+    """How well a policy tells the reward from its own text: ρ of the Gaussian channel (M14).
+
+    Attributes:
+        estimate: ρ, from the policy's standard win rate at its KL; None where they do not show it.
+        standard_error: From the jackknife over prompts; None where it is not known.
+        low: Lower end of its interval.
+        high: Upper end.
+        policy: Label of the policy it is from.
+        identity: Whether that policy is taken to be aligned with identity.
+        reason: Why there is no estimate, or no error.
+    """
+
+    estimate: float | None
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    policy: str
+    identity: bool
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

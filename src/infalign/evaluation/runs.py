@@ -180,7 +180,11 @@ def compare_runs(
         )
         for (name, kl, difference, least), p_value, adjusted in zip(found, p_values, holm(p_values), strict=True)
     ]
-    return ComparedRuns(label, results, frontier(results, label), matched, left_out, dict(folders or {}))
+    known = [run.predictability for run in runs.values() if run.predictability is not None]
+    shared = next((found for found in known if found.estimate is not None), None)
+    return ComparedRuns(
+        label, results, frontier(results, label, predictability=shared), matched, left_out, dict(folders or {})
+    )
 
 
 def check_comparable(runs: Mapping[str, Evaluation]) -> None:

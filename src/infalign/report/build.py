@@ -16,7 +16,7 @@ from infalign.evaluation.record import Evaluation
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, write_page, write_report
-from infalign.report.words import cautions, verdict
+from infalign.report.words import cautions, predictability_lines, verdict
 from infalign.rollouts.store import RolloutStore
 
 SAMPLE_PROMPTS = 100
@@ -48,7 +48,11 @@ def build_report(out: Path, form: Literal["html", "md", "json"] = "html") -> tup
         label = procedure_from_dict(evaluation.procedure).label
         content |= {
             "findings": [asdict(finding) for finding in verdict(evaluation.results, label, comparisons)],
-            "cautions": [*evaluation.warnings, *cautions(evaluation.results)],
+            "cautions": [
+                *evaluation.warnings,
+                *cautions(evaluation.results),
+                *predictability_lines(evaluation.predictability),
+            ],
         }
         write_page(path, json.dumps(content, indent=1, ensure_ascii=False))
     return path, content
@@ -78,6 +82,7 @@ def report_data(out: Path, evaluation: Evaluation) -> ReportData:
         baseline=evaluation.baseline,
         warnings=evaluation.warnings,
         held_out=evaluation.held_out,
+        predictability=evaluation.predictability,
         plan=None if plan is None else {"best": {"kl": plan["kl"], "beta": plan["transforms"][0]["beta"]}},
         settings=evaluation.settings,
         versions=evaluation.versions,

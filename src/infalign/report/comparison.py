@@ -23,7 +23,8 @@ def comparison_text(compared: ComparedRuns) -> str:
     rows[0] += [f"by {name}" for name in judges]
     for result in sorted(compared.results, key=lambda result: result.kl.estimate):
         entry = result.of(compared.procedure)
-        limit = "" if entry.limit is None or not result.moved else f" ({100 * entry.limit:.1f})"
+        limits = [f"{100 * one:.1f}" for one in (entry.limit, entry.predictable_limit) if one is not None]
+        limit = f" ({', '.join(limits)})" if limits and result.moved else ""
         judged = [entry.judged.get(name) for name in judges]
         rows.append(
             [
@@ -34,10 +35,12 @@ def comparison_text(compared: ComparedRuns) -> str:
             ]
         )
     first = compared.results[0]
+    second = any(result.of(compared.procedure).predictable_limit is not None for result in compared.results)
     lines = [
         f"{compared.procedure} win rate against the reference used the same way, in %, ± {first.confidence:.0%} "
         f"interval; {counted(first.num_prompts, 'prompt')}.",
-        "In brackets the theoretical limit at the measured KL.",
+        "In brackets the theoretical limit at the measured KL"
+        + (", then the one at its own run's predictability (Gaussian model)." if second else "."),
         *tie_notes(compared.results, [compared.procedure]),
         "",
         *columns(rows),

@@ -90,6 +90,18 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
                 "hovertemplate": "limit at KL %{x:.3f}: %{y:.1%}<extra></extra>",
             }
         )
+    if data.predictable_win_rates:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": escaped(data.predictable_label),
+                "x": data.limit_kls,
+                "y": data.predictable_win_rates,
+                "line": {"color": REFERENCE_COLOUR, "width": 2, "dash": "dash"},
+                "hovertemplate": "Gaussian model at KL %{x:.3f}: %{y:.1%}<extra></extra>",
+            }
+        )
     for series, points in by_series(data.points).items():
         style = look[series]
         traces.append(
@@ -209,6 +221,16 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
         axes.axhline(0.5, color="#b5bac4", linewidth=1, linestyle=(0, (4, 3)))
         if panel.limit_kls:
             axes.plot(panel.limit_kls, panel.limit_win_rates, color=REFERENCE_COLOUR, linewidth=2, label="limit")
+        if panel.predictable_win_rates:
+            rho = panel.predictable_label.partition("(")[2].partition(";")[0]
+            axes.plot(
+                panel.limit_kls,
+                panel.predictable_win_rates,
+                color=REFERENCE_COLOUR,
+                linewidth=2,
+                linestyle="--",
+                label=f"limit at {rho} (Gaussian model)",
+            )
         for series, points in by_series(panel.points).items():
             style = look[series]
             axes.errorbar(

@@ -10,6 +10,7 @@ from infalign.report.words import (
     markdown_table,
     methods_paragraph,
     percent,
+    predictability_lines,
     verdict,
     worse_rows,
 )
@@ -54,7 +55,9 @@ def render_markdown(data: ReportData) -> str:
         row = [cell(result.label), numbers[0], length, *numbers[1:], cell(ended)]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", *(f"- {cell(label)}: {text}" for label, text in worse_rows(results)), ""]
-    lines += ["## What not to conclude", "", *(f"- {cell(text)}" for text in cautions(results)), ""]
+    lines += ["## What not to conclude", ""]
+    lines += [f"- {cell(text)}" for text in (*cautions(results), *predictability_lines(data.predictability))]
+    lines += [""]
     lines += ["## Methods", "", cell(methods_paragraph(results, data.plan, held_out=data.held_out)), ""]
     if data.versions:
         lines += ["Versions: " + ", ".join(f"{cell(name)} {cell(text)}" for name, text in data.versions.items()), ""]

@@ -15,7 +15,7 @@ from typing import Any
 from infalign.errors import InputError, StorageError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
-from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.runs import MatchedDifference
 from infalign.report import curves, figures
 from infalign.report.words import (
@@ -26,6 +26,7 @@ from infalign.report.words import (
     nats,
     percent,
     points,
+    predictability_lines,
     share_of_gain,
     verdict,
     worse_rows,
@@ -83,6 +84,7 @@ class ReportData:
         matched: Differences at one KL, from `infalign.evaluation.runs.compare_runs`.
         warnings: What a reader must know before the numbers, in sentences.
         held_out: Whether no prompt is known to have been trained on.
+        predictability: As stored by the evaluation, for the second limit.
         plan: The stored plan: "best" with "kl" and "beta" is used.
         settings: The recipe that was run.
         versions: Package or device name → version.
@@ -102,6 +104,7 @@ class ReportData:
     matched: Sequence[MatchedDifference] = ()
     warnings: Sequence[str] = ()
     held_out: bool = True
+    predictability: Predictability | None = None
     plan: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +124,10 @@ class ReportData:
             InputError: If a field is missing or unknown.
         """
         try:
-            return cls(**{**data, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
+            given = dict(data)
+            found = given.get("predictability")
+            given["predictability"] = None if found is None else Predictability(**found)
+            return cls(**{**given, "results": [MethodResult.from_dict(entry) for entry in data["results"]]})
         except (KeyError, TypeError) as error:
             raise InputError(f"not the data of a report ({error})", hint="Run the evaluation again") from error
 
@@ -228,7 +234,8 @@ def render(data: ReportData) -> str:
         comparisons=[comparison for comparison in comparisons if comparison.procedure in columns],
         look=look,
         strip=_strip_scale(results, columns),
-        cautions=[*data.warnings, *cautions(results)],
+        cautions=[*data.warnings, *cautions(results), *predictability_lines(data.predictability)],
+        second_limit=data.predictability is not None and data.predictability.estimate is not None,
         methods_text=methods_paragraph(results, data.plan, held_out=data.held_out),
         figures=_figures(data, results, look),
         samples=samples,
@@ -245,7 +252,10 @@ def _figures(
     """Every figure that there is data for, by the id of its place in the page."""
     order = [data.procedure] + [e.procedure for e in results[0].procedures if e.procedure != data.procedure]
     found: dict[str, figures.Figure | None] = {}
-    frontiers = {label: figures.frontier_figure(frontier(results, label), look) for label in order}
+    frontiers = {
+        label: figures.frontier_figure(frontier(results, label, predictability=data.predictability), look)
+        for label in order
+    }
     for label, figure in frontiers.items():
         found[f"frontier:{label}"] = figure
     for family in ("best-of-n", "worst-of-n"):

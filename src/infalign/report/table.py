@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infalign.evaluation.results import Measured, MethodResult
+from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.tied_limit import tie_notes
-from infalign.report.words import nats, unmoved
+from infalign.report.words import nats, predictability_lines, unmoved
 from infalign.wording import counted
 
 
@@ -19,6 +19,7 @@ def text_table(
     *,
     judge: str | None = None,
     held_out: bool = True,
+    predictability: Predictability | None = None,
 ) -> str:
     """Win rates, KL and limits in aligned columns, then the comparisons in sentences.
 
@@ -29,6 +30,7 @@ def text_table(
         kl_budget: The KL all methods were steered to, if there was one.
         judge: What to call the reward; its own name if None.
         held_out: Whether no prompt is known to have been trained on.
+        predictability: As stored by the evaluation, for the second limit.
     """
     first = results[0]
     shown = first.procedures if len(first.procedures) <= 4 else [e for e in first.procedures if e.n in (1, n)]
@@ -39,7 +41,8 @@ def text_table(
         cells = []
         for label in labels:
             entry = result.of(label)
-            limit = "" if entry.limit is None or not result.moved else f" ({100 * entry.limit:.1f})"
+            limits = [f"{100 * one:.1f}" for one in (entry.limit, entry.predictable_limit) if one is not None]
+            limit = f" ({', '.join(limits)})" if limits and result.moved else ""
             cells.append(f"{with_margin(entry.win_rate, 100)}{limit}")
         rows.append([result.label, nats(result.kl), *cells])
     lines = [
@@ -48,6 +51,7 @@ def text_table(
         f"{counted(first.num_samples, 'fresh rollout')} per model.",
         f"In brackets the theoretical limit at the measured KL. Judge: {judge or first.reward}.",
         *tie_notes(results, labels),
+        *predictability_lines(predictability),
         "",
         *columns([header, *rows]),
         "",

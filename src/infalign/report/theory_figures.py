@@ -6,7 +6,7 @@ PNG and SVG come from matplotlib, HTML from plotly; either is loaded only when i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from infalign.errors import InputError, StorageError
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 from infalign.quadrature import expit
 from infalign.theory.optimal import optimal_transform
-from infalign.theory.plan import Plan, frontier
+from infalign.theory.plan import Option, Plan, frontier
 from infalign.theory.tilt import TiltedPolicy
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
@@ -103,6 +103,8 @@ def plan_panels(plan: Plan) -> tuple[Panel, Panel]:
     """A plan as two panels: the transforms at its KL, and the frontier with every alternative."""
     options = (plan.best, *plan.alternatives)
     named = [(option.label, option.transform) for option in plan.alternatives if not option.label.startswith("top-1")]
+    if plan.predictability < 1.0:
+        return _channel_panels(plan, options)
     # The alternatives lie on their curves; marked are this plan and the choices that have no curve.
     points = [
         Line(f"{option.label}, at this KL", np.array([option.kl]), np.array([option.win_rate]), option is plan.best)
@@ -113,6 +115,19 @@ def plan_panels(plan: Plan) -> tuple[Panel, Panel]:
         [(option.label, option.transform) for option in options], f"Transforms at KL = {plan.best.kl:.3g}"
     )
     return left, frontier_panel(plan.procedure, named, 2.0 * plan.best.kl, plan.opponent, points)
+
+
+def _channel_panels(plan: Plan, options: Sequence[Option]) -> tuple[Panel, Panel]:
+    """The same for a policy of limited predictability: both limits, and every option at this KL."""
+    curve = plan.frontier
+    kls = np.linspace(0.0, np.sqrt(curve.kl[-1]), 200) ** 2
+    line = Line(f"limit at predictability {plan.predictability:g} (Gaussian model)", kls, curve.at(kls), True)
+    points = [Line(f"{one.label}, at this KL", np.array([one.kl]), np.array([one.win_rate])) for one in options]
+    right = frontier_panel(plan.procedure, [], 2.0 * plan.best.kl, plan.opponent, [line, *points])
+    ideal = replace(right.lines[0], label="idealised limit", emphasis=False)
+    named = [(one.label, one.transform) for one in options]
+    left = transform_panel(named, f"Transforms at KL = {plan.best.kl:.3g}")
+    return left, replace(right, lines=(ideal, *right.lines[1:]))
 
 
 def draw_plan(plan: Plan, path: str | Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.compare import Comparison
-from infalign.evaluation.results import Measured, MethodResult, ProcedureResult
+from infalign.evaluation.predictability import limit_name
+from infalign.evaluation.results import Measured, MethodResult, Predictability, ProcedureResult
 from infalign.evaluation.tied_limit import tie_notes
 from infalign.wording import counted
 
@@ -170,6 +171,26 @@ def cautions(results: Sequence[MethodResult]) -> list[str]:
     return found
 
 
+def predictability_lines(found: Predictability | None) -> list[str]:
+    """What the second limit is, what it assumes and where it fails; nothing where it was not looked for."""
+    if found is None:
+        return []
+    if found.estimate is None:
+        return [f"No limit for a policy of limited predictability is given: {found.reason}."]
+    lines = [
+        f"The second limit is the {limit_name(found)}. It assumes that reward and what the policy can tell of it are "
+        "jointly Gaussian. Where noise is heavy-tailed its level can be off by up to 5 points, where tails are "
+        "one-sided by up to 19; it is good for choosing a transform, not as a bound."
+    ]
+    if not found.identity:
+        lines.append(
+            f"{found.policy} may not have been aligned for single samples; ρ is then too low, and so is this limit."
+        )
+    if found.reason is not None:
+        lines.append(f"Of ρ {found.reason}.")
+    return lines
+
+
 def worse_rows(results: Sequence[MethodResult]) -> list[tuple[str, str]]:
     """One sentence for each method on the prompts that got worse, with what chance alone gives."""
     return [(result.label, worse_sentence(result)) for result in results]
@@ -246,6 +267,10 @@ def markdown_table(
     if any(value is not None for value in limits):
         cells = ["" if value is None else f"{100 * value:.1f}%" for value in limits]
         lines.append(f"| *limit at that KL* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
+    second = [furthest.of(label).predictable_limit for label in labels]
+    if any(value is not None for value in second):
+        cells = ["" if value is None else f"{100 * value:.1f}%" for value in second]
+        lines.append(f"| *at its predictability* | {furthest.kl.estimate:.3f} | " + " | ".join(cells) + " |")
     lines += [
         "",
         *tie_notes([furthest], labels),

@@ -8,6 +8,7 @@ from infalign.combined_calibration import CombinedCalibrator
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.recipe import GoldReward
 from infalign.rollouts.key import model_fingerprint
@@ -18,6 +19,7 @@ from infalign.run_rewards import open_reward
 from infalign.stages.card import write_card
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run
+from infalign.transforms import Identity, RewardTransform
 from infalign.wording import distinct
 
 
@@ -88,6 +90,7 @@ def measure(run: Run, progress: Progress) -> None:
         )
         for one in policies
     ]
+    results, predictability = with_predictability(results, recipe.evaluation_procedures, _calibrated(run))
     evaluation = Evaluation(
         name=recipe.name,
         procedure=recipe.target_procedure.to_dict(),
@@ -102,8 +105,20 @@ def measure(run: Run, progress: Progress) -> None:
         baseline=names[1] if len(names) > 1 else None,
         settings=recipe.model_dump(),
         versions=versions(),
+        predictability=predictability,
     )
     write_json(run.out / FILE, evaluation.to_dict())
     for planned in run.planned():
         of_planned = {one.name: result for one, result in zip(policies, results, strict=True) if one.method == planned}
         write_card(run, planned, of_planned.get(planned.name))
+
+
+def _calibrated(run: Run) -> dict[str, RewardTransform]:
+    """What each policy on calibrated rewards was aligned with; baselines on raw rewards tell nothing of ρ."""
+    found: dict[str, RewardTransform] = {}
+    for planned in run.planned():
+        if planned.baseline is None and isinstance(planned.transform, RewardTransform):
+            found[planned.name] = planned.transform
+        elif planned.baseline is not None and planned.baseline["baseline"] == "qrpo":
+            found[planned.name] = Identity()
+    return found

@@ -9,16 +9,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.procedures import InferenceProcedure, Standard, check_is_procedure
+from infalign.procedures import BestOfN, InferenceProcedure, Standard, WorstOfN, check_is_procedure
 from infalign.theory.alternatives import named_tilts
 from infalign.theory.at_kl import solution_at_kl
 from infalign.theory.beta_for_kl import checked_kl
+from infalign.theory.channel import ChannelPolicy
 from infalign.theory.envelope import Envelope, envelope_of
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
 from infalign.theory.frontier import Frontier, checked_kls, frontier
@@ -27,6 +28,9 @@ from infalign.theory.optimal import OptimalTransform, optimal_transform
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective
 from infalign.transforms import RewardTransform
+
+if TYPE_CHECKING:
+    from infalign.theory.predictability import GainAtN
 
 Array = npt.NDArray[np.float64]
 
@@ -53,7 +57,7 @@ class Option:
     kl: float
     win_rate: float
     standard_win_rate: float
-    tilt: TiltedPolicy = field(repr=False)
+    tilt: TiltedPolicy | ChannelPolicy = field(repr=False)
     other_win_rates: dict[str, float] = field(default_factory=dict[str, float])
     note: str = ""
 
@@ -85,6 +89,9 @@ class Plan:
         finite_k: What is left when calibration uses K reference rollouts per prompt, for every K asked for.
         left_out: Named transforms that cannot spend this KL, with the reason.
         limit: The limit at this KL. It lies above `best` where the optimum jumps over this KL as β falls (M18).
+        predictability: ρ, how well the policy can tell the reward from its own text; 1 in the idealised theory.
+        idealised: With a predictability below 1, what the idealised theory (M9) has at the same KL; None if it is out
+            of reach.
     """
 
     procedure: InferenceProcedure
@@ -94,11 +101,41 @@ class Plan:
     finite_k: tuple[FiniteKPrediction, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict[str, str])
     limit: float = math.nan
+    predictability: float = 1.0
+    idealised: Option | None = None
 
     @cached_property
     def frontier(self) -> Frontier:
         """The best win rate at each KL, to twice this plan's KL or as far as the solver goes."""
+        if self.predictability < 1.0:
+            from infalign.theory.channel_path import channel_frontier
+
+            return Frontier(
+                *channel_frontier(self.procedure, self.predictability, 2.0 * self.best.kl, opponent=self.opponent)
+            )
         return frontier(self.procedure, max_kl=2.0 * self.best.kl, opponent=self.opponent)
+
+    @cached_property
+    def by_n(self) -> tuple[GainAtN, ...]:
+        """What several N would gain at this KL and predictability; empty unless this is Best-of-N or Worst-of-N."""
+        if (
+            self.predictability == 1.0
+            or self.opponent is not None
+            or not isinstance(self.procedure, BestOfN | WorstOfN)
+        ):
+            return ()
+        from infalign.theory.predictability import gains_by_n
+
+        return gains_by_n(type(self.procedure), self.best.kl, self.predictability)
+
+    @cached_property
+    def usual(self) -> dict[str, float] | None:
+        """Of an idealised plan: limit and identity at its KL for the predictability that a small model has, about."""
+        if self.predictability != 1.0:
+            return None
+        from infalign.theory.predictability import usual_gain
+
+        return usual_gain(self.procedure, self.best.kl, self.opponent)
 
     def to_dict(self, *, with_transforms: bool = True) -> dict[str, Any]:
         """JSON-ready. The best option's fields are repeated at the top level."""
@@ -118,6 +155,11 @@ class Plan:
                 "beta": [None, *self.frontier.beta[1:].tolist()],
             },
         }
+        if self.predictability < 1.0:
+            content["predictability"] = self.predictability
+            ideal = self.idealised
+            content["idealised"] = None if ideal is None else ideal.to_dict(with_transform=with_transforms)
+            content["by_n"] = [gain.to_dict() for gain in self.by_n]
         if self.left_out:
             content["left_out"] = dict(self.left_out)
         if self.finite_k:
@@ -134,6 +176,7 @@ def plan(
     num_ref: int | Sequence[int] = (),
     others: InferenceProcedure | Sequence[InferenceProcedure] = (),
     seed: int = 0,
+    predictability: float = 1.0,
 ) -> Plan:
     """Find the optimal transform for a procedure, at a β or at a KL budget, beside the named transforms at the same KL.
 
@@ -145,6 +188,8 @@ def plan(
         num_ref: Also predict what is left with so many reference rollouts per prompt (M6); one number or several.
         others: Procedures whose win rates are wanted too, each against itself; one or several.
         seed: Of the simulation behind `num_ref`.
+        predictability: ρ, the correlation of what the policy can tell about its own text with the reward (M14). Below 1
+            the plan is that of M15: mostly another β; its level is a Gaussian model's.
 
     Raises:
         InputError: If neither or both of beta and kl_budget are given, one is out of range, or the budget is out of
@@ -161,6 +206,10 @@ def plan(
     others = (others,) if isinstance(others, InferenceProcedure) else tuple(others)
     for other in others:
         check_is_procedure(other, "others")
+    if predictability != 1.0:
+        from infalign.theory.channel_plan import plan_in_channel
+
+        return plan_in_channel(procedure, beta, kl_budget, predictability, opponent, counts, others)
     unique = Objective.of(procedure, opponent).unique
     named = None
     if beta is not None:
@@ -218,6 +267,7 @@ def limit(
     procedure: InferenceProcedure,
     kls: npt.ArrayLike,
     opponent: InferenceProcedure | None = None,
+    predictability: float = 1.0,
     *,
     levels: npt.ArrayLike | None = None,
 ) -> Array:
@@ -234,6 +284,7 @@ def limit(
         levels: For a reward with ties: what the reference puts on each reward level, from the lowest to the highest.
             (L,) masses, or (P, L) with a row for each prompt; the limit is then that of the mean win rate at a mean KL.
             `infalign.theory.levels.level_masses` makes them from rewards. No ties if None.
+        predictability: ρ, the correlation of what the policy can tell about its own text with the reward (M14, M15).
 
     Returns:
         Win rates, same shape, to about 1e-6, each by itself: what else is asked makes no difference. Beyond the largest
@@ -244,6 +295,16 @@ def limit(
     Raises:
         InputError: If a KL is negative or not finite, or the levels are not masses.
     """
+    if predictability != 1.0:
+        from infalign.theory.channel_path import channel_limit
+
+        if levels is not None:
+            raise InputError(
+                "a limit is either for reward levels or for a predictability below 1",
+                where="limit",
+                hint="Give one of levels and predictability",
+            )
+        return channel_limit(procedure, kls, predictability, opponent)
     wanted = checked_kls(kls, "limit")
     objective = Objective.of(procedure, opponent)
     envelope = envelope_of(objective) if levels is None else Envelope(LevelOptima(objective, levels))
