@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from infalign.calibration import RewardCalibrator
-from infalign.estimators import sequence_kl, useful_kl, win_rates
+from infalign.estimators import moved, sequence_kl, useful_kl, win_rates
 from infalign.procedures import procedure_from_name
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.logprobs import log_ratios
@@ -156,10 +156,11 @@ class Experiment:
             useful = useful_kl(rewards_PG, ref_rewards_PK)
             objective = won.estimate - optimum.beta * kl.estimate - 0.5
             most = float(limit(procedure, [kl.estimate])[0])
+            has_moved = moved(kl.estimate, kl.confidence_interval[0])  # else ratios to its KL and gain are noise
             out[side] = {
                 "win_rate": won.estimate, "error": won.standard_error, "kl": kl.estimate,
-                "gain": (won.estimate - 0.5) / (most - 0.5), "share": objective / best,
-                "efficiency": useful.estimate / kl.estimate,
+                "gain": (won.estimate - 0.5) / (most - 0.5) if has_moved else float("nan"), "share": objective / best,
+                "efficiency": useful.estimate / kl.estimate if has_moved else float("nan"),
             }  # fmt: skip
         return out
 
