@@ -13,9 +13,9 @@ from infalign.reshape import Reshaping, ReshapingData
 
 Float = NDArray[np.float64]
 
-_S = np.linspace(-8.0, 8.0, 241)
+_S = np.linspace(-8.0, 8.0, 161)
 _P = np.exp(-0.5 * _S**2) / np.exp(-0.5 * _S**2).sum()
-_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 241)), [1.0]])
+_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 161)), [1.0]])
 
 
 @dataclass
