@@ -29,7 +29,13 @@ if TYPE_CHECKING:
         check_procedure,
         procedure_from_dict,
     )
-    from infalign.reshape import Reshaping, ReshapingData, fit_reshaping, fit_reshaping_to, predict_reshaping
+    from infalign.reshape import (
+        ExactCounts,
+        Reshaping,
+        ReshapingData,
+        fit_reshaping,
+        predict_reshaping,
+    )
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
@@ -68,10 +74,10 @@ _HOME = {
         "procedure_from_dict",
     ),
     "infalign.reshape": (
+        "ExactCounts",
         "Reshaping",
         "ReshapingData",
         "fit_reshaping",
-        "fit_reshaping_to",
         "predict_reshaping",
     ),
     "infalign.theory.finite_k": ("finite_k_prediction", "rank_conditional_tilt"),
@@ -118,8 +124,8 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "Reshaping",
     "ReshapingData",
     "fit_reshaping",
-    "fit_reshaping_to",
     "predict_reshaping",
+    "ExactCounts",
     "RewardCalibrator",
     "CombinedCalibrator",
     "RefinedCalibrator",

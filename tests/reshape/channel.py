@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,15 @@ from infalign.reshape import Reshaping, ReshapingData
 
 Float = NDArray[np.float64]
 
-_S = np.linspace(-8.0, 8.0, 241)
+_S = np.linspace(-8.0, 8.0, 161)
 _P = np.exp(-0.5 * _S**2) / np.exp(-0.5 * _S**2).sum()
-_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 241)), [1.0]])
+_U = np.concatenate([[0.0], expit(np.linspace(-16.0, 16.0, 161)), [1.0]])
+
+
+@cache
+def _cdf_by_score(rho: float) -> Float:
+    """P(U ≤ u | s), one row for each u."""
+    return ndtr((ndtri(_U)[:, None] - rho * _S) / np.sqrt(1 - rho**2))
 
 
 @dataclass
@@ -27,7 +34,9 @@ class Channel:
 
     @classmethod
     def random(cls, rng: np.random.Generator, prompts: int, shift: float) -> Channel:
-        return cls(np.clip(rng.normal(shift, 0.2 * shift, prompts), 0.2, None), rng.uniform(0.5, 0.8, prompts))
+        return cls(
+            np.clip(rng.normal(shift, 0.2 * shift, prompts), 0.2, None), rng.choice([0.5, 0.6, 0.7, 0.8], prompts)
+        )
 
     def draw(self, rng: np.random.Generator, num_ref: int, num_aligned: int) -> ReshapingData:
         shift, rho = self.shift_P[:, None], self.rho_P[:, None]
@@ -51,7 +60,7 @@ class Channel:
             log_density = log_density - np.log(_P @ np.exp(log_density))
             mass = _P * np.exp(log_density)
             kl_P[at] = mass @ log_density
-            cdf = ndtr((ndtri(_U)[:, None] - rho * _S) / np.sqrt(1 - rho**2)) @ mass
+            cdf = _cdf_by_score(float(rho)) @ mass
             output = procedure.distortion(np.clip(cdf, 0, 1))
             win_rate_P[at] = 1 - np.sum(0.5 * (output[1:] + output[:-1]) * np.diff(opponent))
         return kl_P, win_rate_P

@@ -207,7 +207,7 @@ def test_predictions_cover_what_new_prompts_show(procedure: InferenceProcedure, 
         rng = np.random.default_rng(repeat)
         data = Channel.random(rng, 32, shift).draw(rng, 64, 32)
         fitted = fit_reshaping_to(data, Goal(procedure, beta=0.2), kind=kind)
-        kl_P, win_rate_P = Channel.random(rng, 200, shift).truth(fitted, procedure)
+        kl_P, win_rate_P = Channel.random(rng, 300, shift).truth(fitted, procedure)
         assert fitted.predictions is not None
         rate = fitted.predictions.win_rates[procedure.label]
         for at, (predicted, truth) in enumerate([(fitted.predictions.kl, kl_P), (rate, win_rate_P)]):

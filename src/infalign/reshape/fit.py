@@ -42,7 +42,7 @@ def fit_reshaping(
 ) -> Reshaping:
     """The best increasing function of an aligned model's log-ratio for a procedure (reshaped policy, M16).
 
-    `fit_reshaping_to` takes raw rewards, lengths and more; this is its short form for arrays.
+    `infalign.reshape.fit_reshaping_to` takes raw rewards, lengths and more; this is its short form for arrays.
 
     Args:
         log_ratios_PK: log q(y|x) − log p(y|x) in nats of K rollouts of the reference p for each prompt, whole

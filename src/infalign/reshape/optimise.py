@@ -116,7 +116,7 @@ def best_at_kl(problem: Problem, budget: float, starts: Sequence[Float] | None =
         if theta is not None and not any(np.allclose(theta, other, rtol=1e-3, atol=1e-3) for other in scaled):
             scaled.append(theta)
     if len(scaled) == 1:
-        return _within(problem, scaled[0], budget)
+        return _within(problem, scaled[0], budget, tolerance=1e-8)
     first = [_within(problem, start, budget, rounds=1, steps=30) for start in scaled]
     ranked = sorted([*first, *(problem.optimum(s, 0.0) for s in scaled)], key=lambda f: -f.win_rate)
     best = [_within(problem, found.theta, budget, beta=found.beta) for found in ranked[:2]]
@@ -157,11 +157,18 @@ def scaled_to(problem: Problem, theta: Float, budget: float) -> Float | None:
 
 
 def _within(
-    problem: Problem, theta: Float, budget: float, *, beta: float = 0.1, rounds: int = 8, steps: int = 100
+    problem: Problem,
+    theta: Float,
+    budget: float,
+    *,
+    beta: float = 0.1,
+    rounds: int = 8,
+    steps: int = 100,
+    tolerance: float = 1e-10,
 ) -> Optimum:
     excess = 0.0
     for _ in range(rounds):
-        theta = problem.climb(theta, beta, budget, steps)
+        theta = problem.climb(theta, beta, budget, steps, tolerance)
         excess = problem.at(theta)[2] - budget
         beta = max(0.0, beta + _PENALTY * excess)
         if max(excess, -excess * (beta > 0)) < _KL_TOLERANCE and rounds > 1:
