@@ -196,7 +196,7 @@ def optimum_by_enumeration(testbed, n: int, beta: float) -> list[np.ndarray]:
 
 @pytest.mark.slow
 def test_mixed_training_lets_the_self_consistent_transform_follow(testbed, stored, tmp_path):
-    """It ends near the best of all policies, known by enumeration: 0.05 and 0.10 were seen. Its 57 responses tie often."""
+    """It ends near the best of all policies, known by enumeration (0.05 and 0.10 were seen), though rewards tie."""
     procedure, beta = BestOfN(4), 0.2166
     target = optimum_by_enumeration(testbed, procedure.n, beta)
     assert min(testbed.distances(testbed.reference, target)) > 0.2

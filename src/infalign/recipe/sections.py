@@ -197,6 +197,7 @@ class Training(Section):
     learning_rate: Positive = 1e-5
     baseline: Literal["known", "leave-one-out"] = "known"
     anneal: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the steps over which the tilt is brought in
+    tilt_cap: Positive | None = None  # nats above log Z that a tilt may have; spreads a sharp one over more rollouts
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`

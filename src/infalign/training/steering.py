@@ -32,6 +32,7 @@ class TrainingStep:
     win_rate: float | None = None  # of the target procedure (M10); None where a group is smaller than its n
     tie_mass: float | None = None  # chance that a rollout equals a reference
     frontier_share: float | None = None  # (W − ½)/(limit(KL) − ½)
+    effective_rollouts: float | None = None  # (Σ|A|)²/ΣA²: how many of the step's rollouts carry the gradient
 
 
 class Steering(TrainerCallback):
@@ -96,6 +97,7 @@ class Steering(TrainerCallback):
                 win_rate=logs.get("win_rate"),
                 tie_mass=logs.get("tie_mass"),
                 frontier_share=logs.get("frontier_share"),
+                effective_rollouts=logs.get("effective_rollouts"),
             )
         )
         if self.controller is not None and self.reward.strength == 1.0:  # before that a smaller KL is as it should be
