@@ -57,11 +57,74 @@ def test_a_short_training_keeps_the_quicker_hand():
     assert KLController.of(0.5, 0.2, steps=500).gain == pytest.approx(0.005)
 
 
-def test_a_policy_that_cannot_move_does_not_drive_beta_to_zero():
+def test_a_policy_that_cannot_move_does_not_drive_beta_down():
     controller = KLController(kl_budget=0.5, beta=0.1)
-    for _ in range(1000):
-        controller.update(0.0)
+    betas = [controller.update(0.0) for _ in range(1000)]
+    assert min(betas) > 0.1 / controller.span
+    assert max(betas[100:]) == pytest.approx(0.1), "it was put back to where it began"
+    assert np.mean(betas) > 0.05, "and held there for longer and longer"
+    assert "did not raise the KL" in controller.verdict
+
+
+class Starved:
+    """A policy that moves by the rollouts that carry the tilt: the smaller β, the fewer, until it falls back.
+
+    What it settles at rises as β comes down to `best` and falls below; it gets there with a lag.
+    """
+
+    def __init__(self, best: float, most: float) -> None:
+        self.best, self.most, self.kl = best, most, 0.02
+
+    def step(self, beta: float) -> float:
+        far = math.log(beta / self.best)
+        self.kl += (self.most * math.exp(-far if far > 0 else far / 4) - self.kl) / 8
+        return self.kl
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_beta_is_put_back_where_it_is_not_what_limits_the_kl(seed):
+    """As Best-of-16 was seen to: 0.2 of 0.5 nats, and β went down to its bound, a sixth of the planned one."""
+    controller, policy = KLController.of(0.5, 0.099, steps=300), Starved(best=0.09, most=0.2)
+    rng, betas = np.random.default_rng(seed), []
+    for _ in range(300):
+        kl = policy.step(controller.beta)
+        betas.append(controller.update(kl + math.sqrt(2 * kl / 256) * rng.standard_normal()))
+    assert min(betas) > 0.099 / 3, "what it came down by while the KL grew from nothing, and one trial"
+    assert max(betas[150:]) == pytest.approx(0.099), "it was put back"
+    told = controller.verdict
+    assert told.startswith("bringing beta down from 0.0")
+    assert told in str(Landing(1.5, 0.2, 0.4, 0.01, 0.5, told))
+
+
+def test_it_waits_twice_as_long_each_time():
+    controller = KLController(kl_budget=0.5, beta=0.1)
+    betas = [controller.update(0.1) for _ in range(300)]
+    back = np.flatnonzero(np.diff(betas) > 0)
+    assert len(back) >= 3
+    assert np.diff(back)[1] - np.diff(back)[0] == 40
+    assert (np.array(betas[back[0] + 1 : back[0] + 40]) == betas[back[0] + 1]).all()
+    assert KLController(**controller.state()).update(0.1) == controller.update(0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_as_long_as_the_kl_answers_beta_may_go_on(seed):
+    """KL ∝ 1/β: the budget needs a quarter of the planned β, two trials further down."""
+    controller, policy = KLController.of(0.5, 0.1, steps=300), Starved(best=1e-9, most=0.5 * 0.025 / 1e-9)
+    rng = np.random.default_rng(seed)
+    for _ in range(300):
+        kl = policy.step(controller.beta)
+        controller.update(kl + math.sqrt(2 * kl / 256) * rng.standard_normal())
+    assert policy.kl == pytest.approx(0.5, rel=0.15)
+    assert controller.verdict == ""
+
+
+def test_a_beta_at_its_bound_is_explained():
+    """The KL follows, but the budget is far out of reach."""
+    controller, policy = KLController(kl_budget=5.0, beta=0.1), Starved(best=1e-9, most=0.1 * 0.1 / 1e-9)
+    for _ in range(400):
+        controller.update(policy.step(controller.beta))
     assert controller.beta == pytest.approx(0.1 / controller.span)
+    assert "as far as it may" in controller.verdict
 
 
 def test_the_first_moving_average_is_the_first_measurement():

@@ -174,31 +174,32 @@ def test_mixed_training_ends_near_the_optimum_too(testbed, stored, tmp_path):
     assert not (tmp_path / "fresh").exists()
 
 
-def self_consistent_optimum(testbed, procedure, beta) -> list[np.ndarray]:
-    """The fixed point of M13 for a policy that can be anything: tilt by the ranks of the policy itself, damped."""
-    transform = SelfConsistentTransform(procedure, memory=0.9)
-    reward, policies = testbed.reward(transform, beta), []
-    for _ in range(400):
-        policies, reached = [], np.zeros_like(transform.cdf)
-        for prompt, known in zip(PROMPTS, testbed.responses, strict=True):
-            rewards, ids = testbed.rewards(prompt, known), [prompt.id] * len(known)
-            log_weights_Y = np.array(list(known.values())) + reward.tilt(rewards, ids)
-            policies.append(softmax(log_weights_Y))
-            num_ref = testbed.calibrator.num_ref_P[0]
-            rank_Y = testbed.calibrator.ranks(rewards, prompt_index=reward.rows(ids))
-            below = np.clip(transform.edges * (num_ref + 1.0) - rank_Y[:, None], 0.0, 1.0)
-            reached += policies[-1] @ below / len(PROMPTS)
-        transform.cdf = 0.9 * transform.cdf + 0.1 * reached
-        reward.beta = beta  # the tables are made anew
+def optimum_by_enumeration(testbed, n: int, beta: float) -> list[np.ndarray]:
+    """The maximum of M2 for Best-of-n over all policies on each prompt's responses; equal rewards count one half.
+
+    R(l + 1) − R(l) = h(F) (v(l + 1) − v(l)) on the responses in order of reward, π ∝ p·exp(R/β), damped.
+    """
+    policies = []
+    for prompt, known in zip(PROMPTS, testbed.responses, strict=True):
+        p_Y = np.exp(list(known.values()))
+        order = np.argsort(testbed.rewards(prompt, known))
+        above = np.concatenate([[0.0], np.cumsum(p_Y[order])]) ** n
+        value = (above[1:] + above[:-1]) / 2
+        tilt = np.zeros(len(p_Y))
+        for _ in range(2000):
+            policy = softmax(np.log(p_Y[order]) + tilt)
+            steps = n * np.cumsum(policy)[:-1] ** (n - 1) * np.diff(value)
+            tilt += 0.02 * (np.concatenate([[0.0], np.cumsum(steps)]) / beta - tilt)
+        policies.append(policy[np.argsort(order)])
     return policies
 
 
 @pytest.mark.slow
 def test_mixed_training_lets_the_self_consistent_transform_follow(testbed, stored, tmp_path):
-    """It ends near its fixed point, known by enumeration: 0.03 to 0.08 were seen, 0.2 and more half-way."""
+    """It ends near the best of all policies, known by enumeration (0.05 and 0.10 were seen), though rewards tie."""
     procedure, beta = BestOfN(4), 0.2166
-    target = self_consistent_optimum(testbed, procedure, beta)
-    assert min(testbed.distances(testbed.reference, target)) > 0.3
+    target = optimum_by_enumeration(testbed, procedure.n, beta)
+    assert min(testbed.distances(testbed.reference, target)) > 0.2
     transform = SelfConsistentTransform(procedure, memory=0.5)
     fresh = FreshRollouts(testbed.reward(transform, beta), every=10, num_prompts=2, num_samples=128)
     result = train(testbed, tmp_path, stored, Regression(transform, beta), fresh=fresh, steps=240)

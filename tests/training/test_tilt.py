@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infalign.procedures import WorstOfN
+from infalign.errors import InputError
+from infalign.procedures import BestOfN, WorstOfN
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.theory.plan import optimum_at_kl
 from infalign.training.baselines import RawReward
 from infalign.training.kl_control import KLController
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.steering import Steering
-from infalign.training.tilt import FLOOR, log_partition, tilt_by_rank, tilt_of_reward
+from infalign.training.tilt import FLOOR, highest_under_cap, log_partition, tilt_by_rank, tilt_of_reward
 from infalign.transforms import Exponential, Identity
 from tests.training.enumerable import PROMPTS, Testbed
 
@@ -48,6 +49,39 @@ def test_it_bites_where_the_transform_forbids():
 def test_a_self_consistent_transform_has_it_too():
     tilt = tilt_of_reward(SelfConsistentTransform(WorstOfN(4)).reward(64), 1e-3).by_rank
     assert tilt.max() - tilt.min() < FLOOR + np.log(65)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-50, 500), min_size=1, max_size=40), st.floats(0.05, 6.0))
+def test_under_a_cap_no_density_is_above_it(tilt, cap):
+    given_tilt = np.array(tilt)
+    cut = np.minimum(given_tilt, highest_under_cap(given_tilt, cap))
+    top = cut.max() - log_partition(cut)
+    assert top <= cap + 1e-9
+    if given_tilt.max() - log_partition(given_tilt) <= cap:
+        assert cut.tolist() == tilt
+    else:
+        assert top == pytest.approx(cap, abs=1e-6), "no lower than it must be"
+
+
+def test_a_cap_by_hand():
+    """Of four ranks one is far above: a density of 2 there leaves 2/3 to each of the others, log 3 nats less."""
+    tilt = np.array([0.0, 0.0, 0.0, 300.0])
+    assert highest_under_cap(tilt, np.log(2.0)) == pytest.approx(np.log(3.0))
+    assert highest_under_cap(tilt, None) == 300.0
+
+
+def test_a_reward_keeps_its_cap_whatever_its_transform(testbed):
+    for transform in (Exponential(10.0), SelfConsistentTransform(BestOfN(16))):
+        reward = testbed.reward(transform, 1e-3)
+        ids, rewards = [PROMPTS[0].id] * 2, np.array([0.1, 1.0])
+        free = reward.tilt(rewards, ids) - reward.log_normalizer(ids)
+        reward.tilt_cap = 1.5
+        capped = reward.tilt(rewards, ids) - reward.log_normalizer(ids)
+        assert free.max() > 2.0
+        assert capped.max() == pytest.approx(1.5, abs=1e-3), "the floor is a little of Z"
+    with pytest.raises(InputError, match="tilt_cap"):
+        reward.tilt_cap = -1.0
 
 
 @pytest.fixture(scope="module")

@@ -225,6 +225,7 @@ class Training(Section):
     anneal: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the steps over which the tilt is brought in
     # The recipe's own transform is trained inside a mixture with the reference; auto: where theory has a use for one.
     mixture: Annotated[InMixture | Literal["none"], BeforeValidator(_mixture_value)] = "none"
+    tilt_cap: Positive | None = None  # nats above log Z that a tilt may have; spreads a sharp one over more rollouts
     lora: dict[str, Any] | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`

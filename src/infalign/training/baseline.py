@@ -7,8 +7,10 @@ responses of the step. Nothing depends on how many responses a prompt has, down 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from infalign.training.mixture import softened_log_ratio
@@ -16,6 +18,12 @@ from infalign.training.reward import TransformedReward
 from infalign.training.trainer import SequenceTrainer
 
 Baseline = Literal["known", "leave-one-out"]
+
+
+def effective_number(advantages_B: Sequence[float]) -> float:
+    """How many rollouts carry the gradient: (Σ|A|)²/ΣA², B if all weigh the same and 1 if one outweighs the rest."""
+    size_B = np.abs(np.asarray(advantages_B, dtype=np.float64))
+    return float(size_B.sum() ** 2 / np.square(size_B).sum()) if size_B.any() else float(len(size_B))
 
 
 class BaselineTrainer(SequenceTrainer):
@@ -64,6 +72,8 @@ class BaselineTrainer(SequenceTrainer):
         metrics["advantage_square/known"].append(known)
         if self.baseline == "known":
             output["advantages"] = known_B.to(output["advantages"])
+        advantage_N: Any = self.accelerator.gather(output["advantages"])
+        metrics["effective_rollouts"].append(effective_number(advantage_N.tolist()))
         return output
 
     def _calculate_rewards(self, *arguments: Any, **more: Any) -> torch.Tensor:

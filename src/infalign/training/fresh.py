@@ -22,7 +22,7 @@ from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training.losses import OfflineLoss
-from infalign.training.pool import RolloutPool
+from infalign.training.pool import RolloutPool, level_counts_of
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.stream import ExampleStream
@@ -114,6 +114,7 @@ class FreshRollouts(TrainerCallback):
             ranked.tied_B,
             ranked.num_ref_B,
             ranked.prompt_B,
+            level_counts_of(self.reward.calibrator, ranked.prompt_B),
         )
         self.kl = float((store.column_PK("logprob", ids, self.num_samples).ravel() - ref_logprobs_R).mean())
         self._data.add(pool, self._loss.examples(pool))

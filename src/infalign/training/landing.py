@@ -46,6 +46,7 @@ class Landing:
         kl: After scaling, as expected on other prompts, in nats.
         standard_error: Of `kl`, clustered by prompt: how far the choice of steering prompts may have led astray.
         kl_budget: What it should have been, in nats; None in results of earlier versions.
+        note: What steering β came to, where it did not do what it should.
     """
 
     scale: float
@@ -53,6 +54,7 @@ class Landing:
     kl: float
     standard_error: float
     kl_budget: float | None = None
+    note: str = ""
 
     @property
     def missed(self) -> bool:
@@ -67,7 +69,7 @@ class Landing:
             too_little = self.scale == LARGEST or (self.kl_budget is not None and self.kl < self.kl_budget)
             advice = "train longer, or at a higher learning rate" if too_little else "lower the learning rate"
             told += f"; no scale within {SMALLEST} to {LARGEST} meets the KL budget: {advice}"
-        return told
+        return f"{told}; {self.note}" if self.note else told
 
 
 @dataclass(frozen=True)

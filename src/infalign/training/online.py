@@ -8,6 +8,7 @@ coefficient is 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,6 +58,7 @@ def align(
     learning_rate: float = 1e-5,
     baseline: Baseline = "known",
     anneal: float = ANNEAL,
+    tilt_cap: float | None = None,
     kl_budget: float | None = None,
     kl_prompts: Sequence[Prompt] | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -88,6 +90,7 @@ def align(
         learning_rate: Peak learning rate; constant, then linear to 0 over the last quarter.
         baseline: What is subtracted from a rollout's reward (`baseline.py`).
         anneal: Share of the steps over which the tilt is brought in (`steering.py`), in [0, 1); 0 has it all at once.
+        tilt_cap: How far above log Z the tilt may rise, in nats (`tilt.py`); None for no cap.
         kl_budget: Sequence KL to end at, in nats: β follows the measured KL, and at the end the trained update is
             scaled (`landing.py`) until the KL on `kl_prompts` is the budget. `None` keeps β and scales nothing.
         kl_prompts: Prompts for that measurement, best not among `prompts`, which serve if there are none.
@@ -116,6 +119,7 @@ def align(
     reference = Reference(policy, trust_remote_code, allow_pickle)
     model, tokenizer = reference.load_to_train()
     reward.take_columns_from(prompts)
+    reward.tilt_cap = tilt_cap
     controller = None if kl_budget is None else KLController.of(kl_budget, reward.beta, steps)
     callback = Steering(reward, controller, out / "steps.jsonl", steps, progress, anneal_steps=round(anneal * steps))
     trainer = _make_trainer(
@@ -146,6 +150,8 @@ def align(
     if kl_budget is not None and reward.mixture_weight == 1.0:
         where = kl_prompts or prompts
         landing = land_saved(out / "model", reference, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
+        if callback.controller is not None:
+            landing = replace(landing, note=callback.controller.verdict)
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
     write_result(out, result, keep_checkpoints)
     return result
@@ -160,6 +166,7 @@ def check_training(
     max_new_tokens: int,
     baseline: Baseline,
     anneal: float,
+    tilt_cap: float | None,
     lora: Mapping[str, Any] | None,
     save_steps: int,
     rloo: Mapping[str, Any],
@@ -172,6 +179,7 @@ def check_training(
     refuse_changed_objective(rloo)
     assert baseline in get_args(Baseline), "held by the recipe"
     assert 0 <= anneal < 1, "held by the recipe"
+    assert tilt_cap is None or tilt_cap > 0, "held by the recipe"
     if baseline == "leave-one-out" and num_generations == 1:
         raise InputError(
             "the leave-one-out baseline needs other rollouts of the same prompt",

@@ -7,7 +7,7 @@ others: the ranks of a prompt's K rollouts are then 0..K−1, each once, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,8 @@ class RolloutPool:
         ties_R: How many it ties with.
         num_ref_R: How many it was compared with.
         row_R: The calibrator's row of each one's prompt; None if unknown.
+        level_counts: Of each of these rows, how many of its K references have the lowest reward, the next, …; left out
+            where ties are resolved. A stored rollout is one of them itself.
     """
 
     prompts: tuple[Prompt, ...]
@@ -50,6 +52,7 @@ class RolloutPool:
     ties_R: Int  # noqa: N815
     num_ref_R: Int  # noqa: N815
     row_R: Int | None = None  # noqa: N815
+    level_counts: Mapping[int, Int] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -113,7 +116,15 @@ def stored_rollouts(
         ties_R[taken],
         num_ref_P[rows] - 1,
         rows,
+        level_counts_of(calibrator, rows),
     )
+
+
+def level_counts_of(calibrator: RewardCalibrator | CombinedCalibrator, row_R: Int) -> dict[int, Int] | None:
+    """`RolloutPool.level_counts` of a calibrator's rows."""
+    if calibrator.ties != "midrank":
+        return None
+    return {int(row): calibrator.level_counts(int(row)) for row in np.unique(row_R)}
 
 
 def _require_known(store: RolloutStore, logprobs_too: bool) -> None:
@@ -129,25 +140,34 @@ def _require_known(store: RolloutStore, logprobs_too: bool) -> None:
 
 
 def log_weights(pool: RolloutPool, transform: RewardTransform | SelfConsistentTransform, beta: float) -> Float:
-    """Log of exp(Φ_K(b)/β)/Z in nats (M6): what log π − log p is at the optimum of M2, shape (R,).
+    """Log of exp(Φ_K(b)/β)/Z in nats (M6, M17): what log π − log p is at the optimum of M2, shape (R,).
 
     Args:
         pool: R ranked rollouts.
-        transform: Φ; a self-consistent one at its present estimate of the policy on each prompt (M17). Equal rewards
-            then share the mean of the ranks they take.
+        transform: Φ; a self-consistent one at its present estimate of the policy on each prompt.
         beta: KL coefficient, in units of Φ per nat.
     """
-    out_R = np.empty(len(pool))
     if isinstance(transform, SelfConsistentTransform):
-        row_R = np.full(len(pool), -1) if pool.row_R is None else pool.row_R
-        for row, num_ref in np.unique(np.stack([row_R, pool.num_ref_R]), axis=1).T:
-            these = (row_R == row) & (pool.num_ref_R == num_ref)
-            table = tilt_of_reward(transform.reward(int(num_ref), int(row) if row >= 0 else None), beta)
-            first = np.rint(pool.ranks_R[these] - pool.ties_R[these] / 2).astype(np.int64)
-            out_R[these] = table.at(first, pool.ties_R[these]) - table.log_partition
-        return out_R
+        return _log_weights_of_prompts(pool, transform, beta)
+    out_R = np.empty(len(pool))
     for num_ref in np.unique(pool.num_ref_R):
         of_K = pool.num_ref_R == num_ref
         table = tilt_by_rank(transform, beta, int(num_ref))
         out_R[of_K] = tilt_at_ranks(table, 1.0, pool.ranks_R[of_K], pool.ties_R[of_K]) - log_partition(table)
+    return out_R
+
+
+def _log_weights_of_prompts(pool: RolloutPool, transform: SelfConsistentTransform, beta: float) -> Float:
+    out_R = np.empty(len(pool))
+    first_R = np.rint(pool.ranks_R - pool.ties_R / 2).astype(np.int64)
+    row_R = np.full(len(pool), -1) if pool.row_R is None else pool.row_R
+    for row, compared_with in np.unique(np.stack([row_R, pool.num_ref_R]), axis=1).T.tolist():
+        these = (row_R == row) & (pool.num_ref_R == compared_with)
+        levels = None if pool.level_counts is None else pool.level_counts[row]
+        num_ref = compared_with if levels is None else int(levels.sum())
+        # Left out of its own comparison, a stored rollout is still one of the references of its level.
+        ties = pool.ties_R[these] + (num_ref - compared_with)
+        reward = transform.reward(num_ref, row if row >= 0 else None, levels)
+        table = tilt_of_reward(reward, beta)
+        out_R[these] = table.at(first_R[these], ties) - table.log_partition
     return out_R

@@ -53,6 +53,7 @@ class TransformedReward:
 
     Attributes:
         strength: Share of the tilt that is in force, in (0, 1]; below 1 while training anneals (`steering.py`).
+        tilt_cap: Most nats that a tilt may lie above log Z (`tilt.py`); None for no cap.
         ranked: How the rollouts scored last stand among the references; those of all processes in a training.
         win_rate: Their estimated inference-time win rate (M10); None where they are too few.
 
@@ -93,6 +94,7 @@ class TransformedReward:
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
         self._levels_of_row: dict[int, NDArray[np.int64]] = {}
         self._strength = 1.0
+        self._tilt_cap: float | None = None
         self.beta = beta
         self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
 
@@ -118,6 +120,18 @@ class TransformedReward:
         if strength != self._strength:
             self._strength = strength
             self._forget_tilts()
+
+    @property
+    def tilt_cap(self) -> float | None:
+        """Most nats that a tilt may lie above log Z; uncalibrated rewards have none."""
+        return self._tilt_cap
+
+    @tilt_cap.setter
+    def tilt_cap(self, cap: float | None) -> None:
+        if cap is not None and not (np.isfinite(cap) and cap > 0):
+            raise InputError(f"tilt_cap must be a positive number of nats, not {cap}", where="TransformedReward")
+        self._tilt_cap = cap
+        self._forget_tilts()
 
     def take_columns_from(self, prompts: Sequence[Prompt]) -> None:
         """Give the source the columns of these prompts' rows, as scoring a store does, not those of a data set."""
@@ -279,7 +293,7 @@ class TransformedReward:
     def _tilt_by_rank(self, num_ref: int) -> Float:
         assert not isinstance(self.transform, SelfConsistentTransform), "it has a table for every prompt"
         if num_ref not in self._tilt_of_K:
-            self._tilt_of_K[num_ref] = self.strength * tilt_by_rank(self.transform, self.beta, num_ref)
+            self._tilt_of_K[num_ref] = self.strength * tilt_by_rank(self.transform, self.beta, num_ref, self.tilt_cap)
         return self._tilt_of_K[num_ref]
 
     def _tilt_table(self, row: int) -> RankTable:
@@ -290,5 +304,5 @@ class TransformedReward:
             # A tie rule that decides ties leaves no levels: every rank is then its own.
             levels = self._levels_of_row[row] if self.calibrator.ties == "midrank" else None
             reward = self.transform.reward(int(self.calibrator.num_ref_P[row]), row, levels)
-            self._tilt_of_row[row] = tilt_of_reward(reward, self.beta).times(self.strength)
+            self._tilt_of_row[row] = tilt_of_reward(reward, self.beta, self.tilt_cap).times(self.strength)
         return self._tilt_of_row[row]

@@ -33,6 +33,7 @@ class TrainingStep:
     tie_mass: float | None = None  # chance that a rollout equals a reference
     frontier_share: float | None = None  # (W − ½)/(limit(KL) − ½)
     aligned_kl: float | None = None  # sequence KL of the trained model alone, where `kl` is that of a mixture (M19)
+    effective_rollouts: float | None = None  # (Σ|A|)²/ΣA²: how many of the step's rollouts carry the gradient
 
 
 class Steering(TrainerCallback):
@@ -98,6 +99,7 @@ class Steering(TrainerCallback):
                 tie_mass=logs.get("tie_mass"),
                 frontier_share=logs.get("frontier_share"),
                 aligned_kl=logs.get("aligned_kl"),
+                effective_rollouts=logs.get("effective_rollouts"),
             )
         )
         if self.controller is not None and self.reward.strength == 1.0:  # before that a smaller KL is as it should be
