@@ -39,7 +39,7 @@ def vowels(prompts, completions):
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
-    random_llama(folder / "policy", 24, hidden_size=32)
+    random_llama(folder / "policy", None, hidden_size=32, seed=1)
     rows = [{"prompt": f"Say {i}: "} for i in range(48)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reshape_rewards.py").write_text(REWARDS)

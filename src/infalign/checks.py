@@ -12,7 +12,7 @@ from infalign.errors import InputError, StorageError
 from infalign.hub import require_model
 from infalign.inputs import split_prompts
 from infalign.procedures.measured import MeasuredProcedure
-from infalign.recipe import Recipe, Reward, named_transform, transform_name
+from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
@@ -28,6 +28,8 @@ from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.wording import counted
+
+FEWEST_TO_FIT_ON = 8  # prompts: with fewer a reshaping would be fitted to noise
 
 
 def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -309,6 +311,13 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
             "some prompts are text and some are chat messages",
             where=recipe.prompts.source,
             hint="Write all of them one way",
+        )
+    kept = num_kept(recipe, len(train))
+    if recipe.reshape.kind != "none" and kept < FEWEST_TO_FIT_ON:
+        raise InputError(
+            f"training keeps only {counted(kept, 'prompt')} aside, and a reshaping is fitted on those",
+            where="reshape",
+            hint=f"Give at least {4 * FEWEST_TO_FIT_ON} training prompts, or reshape: none",
         )
     return prompts
 

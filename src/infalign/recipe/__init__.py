@@ -3,7 +3,7 @@
 Unknown keys are refused with a suggestion; relative paths are relative to the recipe's own folder.
 """
 
-from infalign.recipe.experiment import Recipe
+from infalign.recipe.experiment import Recipe, num_kept
 from infalign.recipe.load import load_recipe, parse_recipe
 from infalign.recipe.sections import GoldReward, Reward, RolloutEndpoint, Rows, Training
 from infalign.recipe.values import named_transform, transform_name
@@ -17,6 +17,7 @@ __all__ = [
     "Training",
     "load_recipe",
     "named_transform",
+    "num_kept",
     "parse_recipe",
     "transform_name",
 ]

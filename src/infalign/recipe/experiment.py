@@ -134,3 +134,12 @@ class Recipe(Section):
         """The procedures evaluated; the target procedure is always among them."""
         procedures = [procedure_from_dict(p) for p in self.evaluation.procedures]
         return procedures if self.target_procedure in procedures else [*procedures, self.target_procedure]
+
+
+KEPT_SHARE, MOST_KEPT = 4, 128  # one training prompt in four, and so many at most
+
+
+def num_kept(recipe: Recipe, num_prompts: int) -> int:
+    """How many of the training prompts no update sees: a landing is measured, and a reshaping fitted, on them."""
+    wanted = recipe.kl_budget is not None or recipe.reshape.kind != "none"
+    return min(num_prompts // KEPT_SHARE, MOST_KEPT) if wanted else 0

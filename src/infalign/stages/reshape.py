@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
-from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Goal, Reshaping, ReshapingData, fit_reshaping_to, predict_reshaping
 from infalign.rollouts.policy import Policy, flat_responses
@@ -29,7 +28,6 @@ from infalign.run_rewards import scored_by_all
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run
-from infalign.wording import counted
 
 Float = NDArray[np.float64]
 
@@ -246,17 +244,3 @@ def _log_ratios(
 def _picked(values_PK: Float, scored_PK: NDArray[np.bool_]) -> list[Float]:
     """The values of the scored rollouts, prompt by prompt."""
     return [np.asarray(row[kept], dtype=np.float64) for row, kept in zip(values_PK, scored_PK, strict=True)]
-
-
-def check_kept(num_kept: int) -> None:
-    """Refuse to fit a reshaping on too few prompts.
-
-    Raises:
-        InputError: If there are fewer than 8.
-    """
-    if num_kept < 8:
-        raise InputError(
-            f"training keeps only {counted(num_kept, 'prompt')} aside, and a reshaping is fitted on those",
-            where="reshape",
-            hint="Give at least 32 training prompts, or reshape: none",
-        )

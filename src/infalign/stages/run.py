@@ -12,7 +12,7 @@ from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError, StorageError
-from infalign.recipe import Recipe
+from infalign.recipe import Recipe, num_kept
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.opening import open_policies, open_policy
 from infalign.rollouts.policy import Policy
@@ -22,8 +22,6 @@ from infalign.run_rewards import RunRewards
 from infalign.stages.planned import PlannedTransform
 from infalign.training.methods import baseline_reward, is_online
 from infalign.training.reward import TransformedReward
-
-KEPT_SHARE, MOST_KEPT = 4, 128  # one training prompt in four, and so many at most
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class Run:
     def kept_prompts(self) -> PromptSet:
         """The training prompts that no update sees: a landing is measured, and a reshaping fitted, on them."""
         prompts = self.prompts("train")
-        wanted = self.recipe.kl_budget is not None or self.recipe.reshape.kind != "none"
-        return prompts[: min(len(prompts) // KEPT_SHARE, MOST_KEPT) if wanted else 0]
+        return prompts[: num_kept(self.recipe, len(prompts))]
 
     def reshapes(self, planned: PlannedTransform) -> bool:
         """Whether the recipe asks for the reshaping of this method."""
