@@ -9,6 +9,7 @@ from infalign.errors import InputError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.rewards import FunctionReward
 from infalign.training import online
+from infalign.training.baseline import effective_number
 from infalign.training.reward import TransformedReward
 from infalign.training.steering import Steering
 from infalign.transforms import Exponential, Identity, Log
@@ -83,3 +84,10 @@ def test_leave_one_out_of_one_is_refused():
             steps=1, prompts_per_step=4, num_generations=1, learning_rate=1e-3, baseline="leave-one-out", anneal=0.5,
             max_new_tokens=2, lora=None, save_steps=1, rloo={},
         )  # fmt: skip
+
+
+def test_how_many_rollouts_carry_a_step():
+    assert effective_number([1.0, -1.0, 1.0, -1.0]) == pytest.approx(4.0)
+    assert effective_number([0.0, 0.0, -3.0, 0.0]) == pytest.approx(1.0)
+    assert effective_number([2.0, 1.0, 1.0]) == pytest.approx(16 / 6)
+    assert effective_number([0.0, 0.0]) == 0.0

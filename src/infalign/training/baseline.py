@@ -21,9 +21,9 @@ Baseline = Literal["known", "leave-one-out"]
 
 
 def effective_number(advantages_B: Sequence[float]) -> float:
-    """How many rollouts carry the gradient: (Σ|A|)²/ΣA², B if all weigh the same and 1 if one outweighs the rest."""
+    """How many of B rollouts carry the gradient, (Σ|A|)²/ΣA²: B if all weigh the same, 1 if one outweighs the rest."""
     size_B = np.abs(np.asarray(advantages_B, dtype=np.float64))
-    return float(size_B.sum() ** 2 / np.square(size_B).sum()) if size_B.any() else float(len(size_B))
+    return float(size_B.sum() ** 2 / np.square(size_B).sum()) if size_B.any() else 0.0
 
 
 class BaselineTrainer(SequenceTrainer):
