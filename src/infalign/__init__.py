@@ -29,6 +29,9 @@ if TYPE_CHECKING:
         check_procedure,
         procedure_from_dict,
     )
+    from infalign.rollouts.mixture import MixturePolicy
+    from infalign.rollouts.opening import open_policy, save_policy
+    from infalign.rollouts.reshaped import ReshapedPolicy
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
@@ -66,6 +69,9 @@ _HOME = {
         "check_procedure",
         "procedure_from_dict",
     ),
+    "infalign.rollouts.mixture": ("MixturePolicy",),
+    "infalign.rollouts.opening": ("open_policy", "save_policy"),
+    "infalign.rollouts.reshaped": ("ReshapedPolicy",),
     "infalign.theory.finite_k": ("finite_k_prediction", "rank_conditional_tilt"),
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
     "infalign.theory.plan": ("Plan", "limit", "plan"),
@@ -117,6 +123,10 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "Decoder",
     "LocalSampler",
     "EndpointSampler",
+    "MixturePolicy",
+    "ReshapedPolicy",
+    "open_policy",
+    "save_policy",
     "InfalignError",
     "InputError",
     "MismatchError",
