@@ -28,6 +28,7 @@ from infalign.evaluation.results import Measured, MethodResult
 from infalign.procedures import BestOfN, Standard
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.models import load_policy
+from infalign.rollouts.opening import open_policies
 from infalign.rollouts.rewards import SequenceClassificationReward
 from infalign.rollouts.sample import sample
 from infalign.rollouts.score import score_store
@@ -205,8 +206,8 @@ def main() -> None:
         store = draw(folder / "rollouts", model, evaluation, NUM_SAMPLES, number, both)
 
         def load(model: Path = model):
-            policy, tokenizer = load_policy(model)
-            return policy, load_policy(out / "reference")[0], tokenizer
+            policy, reference = open_policies([model, out / "reference"])
+            return policy, reference
 
         kls_PG = exact_kls(store, evaluation, NUM_SAMPLES, model_fingerprint(out / "reference"), load)
         results.append(

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         fit_reshaping,
         predict_reshaping,
     )
+    from infalign.rollouts.mixture import MixturePolicy
+    from infalign.rollouts.opening import open_policy, save_policy
+    from infalign.rollouts.reshaped import ReshapedPolicy
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
@@ -80,6 +83,9 @@ _HOME = {
         "fit_reshaping",
         "predict_reshaping",
     ),
+    "infalign.rollouts.mixture": ("MixturePolicy",),
+    "infalign.rollouts.opening": ("open_policy", "save_policy"),
+    "infalign.rollouts.reshaped": ("ReshapedPolicy",),
     "infalign.theory.finite_k": ("finite_k_prediction", "rank_conditional_tilt"),
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
     "infalign.theory.plan": ("Plan", "limit", "plan"),
@@ -136,6 +142,10 @@ __all__ = [  # noqa: RUF022 (grouped by meaning)
     "Decoder",
     "LocalSampler",
     "EndpointSampler",
+    "MixturePolicy",
+    "ReshapedPolicy",
+    "open_policy",
+    "save_policy",
     "InfalignError",
     "InputError",
     "MismatchError",

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
-from infalign.cli.sources import as_message, open_calibration, open_named_reward, parse_procedure, told_duplicates
+from infalign.cli.sources import (
+    as_message,
+    open_calibration,
+    open_named_reward,
+    parse_procedure,
+    served_sampler,
+    told_duplicates,
+)
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
 from infalign.wording import counted, visible
@@ -48,6 +55,8 @@ def decode_command(
         str | None, typer.Option("--endpoint", help="Instead: an OpenAI-compatible server, http://host:8000/v1.")
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name there.")] = None,
+    aligned_name: options.AlignedName = None,
+    aligned_weight: options.AlignedWeight = None,
     api_key_variable: Annotated[
         str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
     ] = None,
@@ -113,7 +122,13 @@ def decode_command(
         options.refuse_idle("decode", "without --prompts", {"--column": column, "--limit": limit})
     if endpoint is None:
         options.refuse_idle(
-            *("decode", "without --endpoint"), {"--concurrency": concurrency, "--api-key-variable": api_key_variable}
+            *("decode", "without --endpoint"),
+            {
+                "--concurrency": concurrency,
+                "--api-key-variable": api_key_variable,
+                "--aligned-name": aligned_name,
+                "--aligned-weight": aligned_weight,
+            },
         )
     concurrency = concurrency or 16
     reporter = ConsoleReporter()
@@ -121,6 +136,7 @@ def decode_command(
     from infalign.data import Prompt, load_prompts
     from infalign.decode.answers import AnswerFile
     from infalign.decode.decoder import Decoder
+    from infalign.rollouts.http import Endpoint
     from infalign.rollouts.score import FunctionReward, column_names
 
     wanted = [Prompt(prompt)] if prompt is not None else []
@@ -140,7 +156,13 @@ def decode_command(
         source.require_columns([*column_names(wanted), "prompt_id"])
     found = None if calibration is None else open_calibration(calibration, source)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    sampler, identity = _sampler(model, endpoint, model_name, api_key_variable, concurrency, settings, weights)
+    if endpoint is None:
+        sampler, identity = _local(str(model), settings, weights)
+    else:
+        server = Endpoint(endpoint, api_key_variable)
+        sampler, identity = served_sampler(
+            *(server, str(model_name), aligned_name, aligned_weight, concurrency or 16, settings)
+        )
     ranked_by = source if found is None else found.reward
     decoding: dict[str, Any] = {
         "calibrator": None if found is None else found.calibrator,
@@ -215,28 +237,13 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
     return EarlyStopping(chosen.n, stop_at, block)
 
 
-def _sampler(
-    model: str | None,
-    endpoint: str | None,
-    model_name: str | None,
-    api_key_variable: str | None,
-    concurrency: int,
-    settings: dict[str, Any],
-    weights: dict[str, Any],
-) -> tuple[CandidateSampler, str]:
-    """What draws candidates, and its identity for the record."""
-    if endpoint is not None:
-        from infalign.decode.remote import EndpointSampler
-        from infalign.rollouts.http import Endpoint
-
-        name = str(model_name)
-        server = Endpoint(endpoint, api_key_variable)
-        return EndpointSampler(server, name, concurrency=concurrency, **settings), f"endpoint:{name}"
+def _local(model: str, settings: dict[str, Any], weights: dict[str, Any]) -> tuple[CandidateSampler, str]:
+    """What draws from a policy of this machine, and its identity for the record."""
     from infalign.decode.local import sampler_of
     from infalign.rollouts.opening import open_policy
 
     silence_libraries()
-    policy = open_policy(str(model), **weights)
+    policy = open_policy(model, **weights)
     return sampler_of(policy, **settings), policy.fingerprint
 
 

@@ -42,6 +42,20 @@ Temperature = Annotated[float, typer.Option("--temperature", help="1 samples the
 TopP = Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")]
+AlignedName = Annotated[
+    str | None,
+    typer.Option("--aligned-name", help="A mixture of two of the server's models: this one, and --model-name …"),
+]
+AlignedWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--aligned-weight",
+        min=0.0,
+        max=1.0,
+        help="… with this share of the candidates from the aligned one.",
+        show_default=False,
+    ),
+]
 
 
 def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:

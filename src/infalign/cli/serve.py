@@ -11,7 +11,7 @@ import typer
 
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
-from infalign.cli.sources import open_calibration, open_named_reward, parse_procedure
+from infalign.cli.sources import open_calibration, open_named_reward, parse_procedure, served_sampler
 from infalign.errors import InputError
 from infalign.wording import counted
 
@@ -31,6 +31,8 @@ def serve_command(
         typer.Option("--upstream", help="Instead: an OpenAI-compatible server, such as http://host:8000/v1."),
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name upstream.")] = None,
+    aligned_name: options.AlignedName = None,
+    aligned_weight: options.AlignedWeight = None,
     reward: options.Reward = None,
     procedure: options.Procedure = "best-of-n",
     n: options.N = None,
@@ -94,7 +96,12 @@ def serve_command(
     if upstream is None:
         options.refuse_idle(
             *("serve", "without --upstream"),
-            {"--concurrency": concurrency, "--upstream-key-variable": upstream_key_variable},
+            {
+                "--concurrency": concurrency,
+                "--upstream-key-variable": upstream_key_variable,
+                "--aligned-name": aligned_name,
+                "--aligned-weight": aligned_weight,
+            },
         )
     else:
         options.refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
@@ -116,12 +123,11 @@ def serve_command(
     count_prompt = None
     sampler: CandidateSampler
     if upstream is not None:
-        from infalign.decode.remote import EndpointSampler
         from infalign.rollouts.http import Endpoint
 
         assert model_name is not None, "checked above"
         endpoint = Endpoint(upstream, upstream_key_variable, timeout=timeout, retries=1, first_wait=0.2)
-        sampler = EndpointSampler(endpoint, model_name, concurrency=concurrency, **settings)
+        sampler, _ = served_sampler(endpoint, model_name, aligned_name, aligned_weight, concurrency, settings)
     else:
         assert model is not None, "checked above"
         sampler, count_prompt = _local(model, weights, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from infalign.calibration import RewardCalibrator
     from infalign.combined_calibration import CombinedCalibrator
     from infalign.data import Prompt, PromptSet
+    from infalign.decode.candidates import CandidateSampler
+    from infalign.rollouts.http import Endpoint
     from infalign.rollouts.rewards import RewardSource
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
@@ -77,6 +80,43 @@ def open_named_reward(
         return FunctionReward(name)
     require_model(name, f"{option} {name}")
     return SequenceClassificationReward(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+def served_sampler(
+    endpoint: Endpoint,
+    model: str,
+    aligned: str | None,
+    weight: float | None,
+    concurrency: int,
+    settings: Mapping[str, Any],
+) -> tuple[CandidateSampler, str]:
+    """What draws from a server, one model or a mixture of two of its models; and its identity for the record.
+
+    Args:
+        endpoint: The server.
+        model: The model's name there; of a mixture, the base's.
+        aligned: The aligned model's name, for a mixture.
+        weight: Share of the candidates that come from it.
+        concurrency: Requests under way at the same time.
+        settings: Longest response, temperature and top_p.
+
+    Raises:
+        InputError: One of `aligned` and `weight` is given without the other, or the weight is out of range.
+    """
+    from infalign.decode.remote import EndpointSampler
+
+    if (aligned is None) != (weight is None):
+        raise InputError("a mixture has two models and a weight", where="--aligned-name",
+                         hint="Give --aligned-name and --aligned-weight, or neither")  # fmt: skip
+    if aligned is None or weight is None:
+        return EndpointSampler(endpoint, model, concurrency=concurrency, **settings), f"endpoint:{model}"
+    from infalign.decode.local import PolicySampler
+    from infalign.rollouts.endpoint import ServedPolicy
+    from infalign.rollouts.mixture import MixturePolicy
+
+    base, other = (ServedPolicy(endpoint, name, concurrency=concurrency) for name in (model, aligned))
+    policy = MixturePolicy(base, other, weight)
+    return PolicySampler(policy, **settings), policy.fingerprint
 
 
 def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
