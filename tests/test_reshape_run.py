@@ -1,6 +1,7 @@
 """A run that trains inside a mixture and reshapes: what it leaves, that it resumes, and what it refuses."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -44,7 +45,9 @@ def job(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reshape_rewards.py").write_text(REWARDS)
     (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")
