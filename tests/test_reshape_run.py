@@ -12,7 +12,7 @@ from infalign.recipe import load_recipe
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import open_policy
 from infalign.testbed.toy import random_llama
-from tests.runs import Recorder
+from tests.runs import Recorder, infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -122,3 +122,46 @@ def test_too_few_prompts_to_fit_on_are_refused_before_anything_is_computed(job, 
     with pytest.raises(InputError, match="reshaping is fitted on"):
         Pipeline(recipe, tmp_path / "out", Recorder()).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_reshaped_for_another_procedure_and_budget(finished, capsys, monkeypatch, tmp_path):
+    out, *_ = finished
+    code, printed, _ = infalign(
+        *(capsys, monkeypatch, "reshape", out, "--procedure", "best-of-8", "--kl", "0.05", "--method", "identity"),
+        *("--kind", "mixture", "--samples", "8", "--out", tmp_path / "policy", "--json"),
+    )
+    assert code == 0
+    content = json.loads(printed)
+    assert content["reshaping"]["procedure"] == "Best-of-8"
+    assert content["reshaping"]["predictions"]["kl"]["estimate"] <= 0.06
+    policy = open_policy(tmp_path / "policy")
+    assert isinstance(policy, MixturePolicy)
+    assert policy.weights[0] == pytest.approx(content["reshaping"]["weights"][0])
+
+
+def test_exact_counts_are_said_best_first(finished, capsys, monkeypatch, tmp_path):
+    out, *_ = finished
+    command = ("reshape", out, "--procedure", "best-of-4", "--kl", "0.1", "--samples", "8", "--split")
+    code, printed, _ = infalign(capsys, monkeypatch, *command, "--out", tmp_path / "policy")
+    assert code == 0
+    assert "Exact counts" in printed
+    assert "tokens per delivered response" in printed
+    code, printed, _ = infalign(capsys, monkeypatch, *command, "--out", tmp_path / "policy", "--json")
+    rates = [one["win_rate"]["estimate"] for one in json.loads(printed)["splits"]]
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "nobody"), "There are: self-consistent, identity"),
+        (("--kl", "-1"), "nats above 0"),
+        (("--kind", "sideways"), "Use one of auto, mixture, reshaped"),
+        (("--procedure", "best-of-0"), "best-of-0"),
+    ],
+)
+def test_what_cannot_be_reshaped_is_said_with_a_hint(finished, capsys, monkeypatch, arguments, message):
+    out, *_ = finished
+    code, _, told = infalign(capsys, monkeypatch, "reshape", out, *arguments)
+    assert code == 2
+    assert message in told

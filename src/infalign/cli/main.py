@@ -19,6 +19,7 @@ from infalign.cli.evaluate import evaluate_command
 from infalign.cli.plan import plan_command
 from infalign.cli.quickstart import quickstart_command
 from infalign.cli.report import report_command
+from infalign.cli.reshape import reshape_command
 from infalign.cli.run import (
     calibrate_command,
     rollout_command,
@@ -43,6 +44,7 @@ app.command("run")(run_command)
 app.command("rollout")(rollout_command)
 app.command("calibrate")(calibrate_command)
 app.command("train")(train_command)
+app.command("reshape")(reshape_command)
 app.command("evaluate")(evaluate_command)
 app.command("report")(report_command)
 app.command("decode")(decode_command)
