@@ -38,7 +38,9 @@ class PlannedTransform:
     def training_settings(self, training: Training) -> dict[str, Any]:
         """The settings that decide what its training gives."""
         if self.trains_online(training.solver):
-            return training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline"})
+            unused = {"save_steps", "solver", "refresh_every", "offline"}
+            # Trainings of before there was a cap are those without one.
+            return training.model_dump(exclude=unused if training.tilt_cap else unused | {"tilt_cap"})
         shared = {
             "steps",
             "prompts_per_step",

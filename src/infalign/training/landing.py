@@ -38,7 +38,7 @@ class Landing:
         kl: The same after scaling.
         standard_error: Of `kl`, clustered by prompt.
         kl_budget: What it should have been, in nats; None in results of earlier versions.
-        note: What steering β came to, where it did not do what it should.
+        note: What steering β came to, where it did not do what it should; None otherwise.
     """
 
     scale: float
@@ -46,7 +46,7 @@ class Landing:
     kl: float
     standard_error: float
     kl_budget: float | None = None
-    note: str = ""
+    note: str | None = None
 
     @property
     def missed(self) -> bool:
