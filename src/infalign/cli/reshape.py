@@ -1,4 +1,4 @@
-"""`infalign reshape`: the best policy within what an aligned model knows, for any procedure and budget, after the fact."""
+"""`infalign reshape`: the best policy within what an aligned model knows, for any procedure and budget, afterwards."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ class PlannedTransform:
     def training_settings(self, training: Training) -> dict[str, Any]:
         """The settings that decide what its training gives."""
         if self.trains_online(training.solver):
-            settings = training.model_dump(exclude={"save_steps", "solver", "refresh_every", "offline", "mixture"})
+            # Trainings of before there was a cap are those without one.
+            unused = {"save_steps", "solver", "refresh_every", "offline", "mixture"}
+            settings = training.model_dump(exclude=unused if training.tilt_cap else unused | {"tilt_cap"})
             return settings if self.mixture_weight == 1.0 else settings | {"mixture_weight": self.mixture_weight}
         shared = {
             "steps",

@@ -46,7 +46,7 @@ class Landing:
         kl: After scaling, as expected on other prompts, in nats.
         standard_error: Of `kl`, clustered by prompt: how far the choice of steering prompts may have led astray.
         kl_budget: What it should have been, in nats; None in results of earlier versions.
-        note: What steering β came to, where it did not do what it should.
+        note: What steering β came to, where it did not do what it should; None otherwise.
     """
 
     scale: float
@@ -54,7 +54,7 @@ class Landing:
     kl: float
     standard_error: float
     kl_budget: float | None = None
-    note: str = ""
+    note: str | None = None
 
     @property
     def missed(self) -> bool:

@@ -151,7 +151,7 @@ def align(
         where = kl_prompts or prompts
         landing = land_saved(out / "model", reference, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
         if callback.controller is not None:
-            landing = replace(landing, note=callback.controller.verdict)
+            landing = replace(landing, note=callback.controller.verdict or None)
     result = AlignmentResult(out / "model", reward.beta, callback.steps, landing)
     write_result(out, result, keep_checkpoints)
     return result
