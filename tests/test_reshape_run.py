@@ -67,9 +67,9 @@ def test_it_evaluates_the_mixture_and_every_comparator_plain_and_reshaped(finish
     assert labels[0] == "self-consistent-mixture"
     assert "self-consistent" not in labels, "the model alone is only a part of the mixture"
     assert "identity" in labels
-    assert "Reshape (self-consistent)" in reporter.done
+    assert "Reshape (self-consistent-mixture)" in reporter.done
     assert "Reshape (identity)" in reporter.done
-    fitted = json.loads((out / "policies/self-consistent/reshaped/reshape.json").read_text())
+    fitted = json.loads((out / "policies/self-consistent-mixture/reshaped/reshape.json").read_text())
     assert fitted["chosen"]
     predicted = fitted["reshaping"]["predictions"]
     assert {"Standard", "Best-of-4"} <= set(predicted["win_rates"])
@@ -77,8 +77,8 @@ def test_it_evaluates_the_mixture_and_every_comparator_plain_and_reshaped(finish
 
 def test_the_reshaped_policy_opens_from_its_folder_and_its_kl_is_measured(finished):
     out, result, _ = finished
-    policy = open_policy(out / "policies/self-consistent/reshaped")
-    assert policy.fingerprint != open_policy(out / "policies/self-consistent/model").fingerprint
+    policy = open_policy(out / "policies/self-consistent-mixture/reshaped")
+    assert policy.fingerprint != open_policy(out / "policies/self-consistent-mixture/model").fingerprint
     kls = json.loads((out / "rollouts/evaluation-self-consistent-mixture/kl.json").read_text())
     own = next(one for one in result["results"] if one["label"] == "self-consistent-mixture")
     assert np.mean(kls["exact_kl_PG"]) == pytest.approx(own["kl"]["estimate"])
@@ -88,10 +88,12 @@ def test_the_reshaped_policy_opens_from_its_folder_and_its_kl_is_measured(finish
 
 def test_every_step_has_the_kl_of_the_mixture_and_of_the_model_alone(finished):
     out, *_ = finished
-    steps = [json.loads(line) for line in (out / "policies/self-consistent/steps.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (out / "policies/self-consistent-mixture/steps.jsonl").read_text().splitlines()
+    ]
     assert len(steps) == 6
     assert all(step["kl"] <= step["aligned_kl"] + 1e-9 for step in steps), "a mixture is nearer to the reference"
-    assert json.loads((out / "policies/self-consistent/result.json").read_text())["landing"] is None
+    assert json.loads((out / "policies/self-consistent-mixture/result.json").read_text())["landing"] is None
 
 
 def test_a_finished_run_does_nothing_again(job, finished):
@@ -154,7 +156,7 @@ def test_exact_counts_are_said_best_first(finished, capsys, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "nobody"), "There are: self-consistent, identity"),
+        (("--method", "nobody"), "There are: self-consistent-mixture, identity"),
         (("--kl", "-1"), "nats above 0"),
         (("--kind", "sideways"), "Use one of auto, mixture, reshaped"),
         (("--procedure", "best-of-0"), "best-of-0"),

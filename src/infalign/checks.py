@@ -11,6 +11,7 @@ from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.hub import require_model
 from infalign.inputs import split_prompts
+from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
@@ -22,11 +23,12 @@ from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
 from infalign.training.methods import is_online
-from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, ideal_weight
+from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, beta_in_mixture, ideal_weight
 from infalign.training.offline import check_offline
 from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
 from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.transforms import RewardTransform
 from infalign.wording import counted
 
 FEWEST_TO_FIT_ON = 8  # prompts: with fewer a reshaping would be fitted to noise
@@ -136,18 +138,14 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
             kl = optimal_transform(procedure, beta=recipe.beta).kl
         else:
             kl = TiltedPolicy(own, beta=recipe.beta).kl
-        for wanted in recipe.transforms:
-            transform = named_transform(wanted)
-            if transform is None:
-                optimum = optimum_at_kl(procedure, kl)
-                following = wanted == SelfConsistentTransform.label
-                transform = SelfConsistentTransform(procedure) if following else optimum.transform
-                beta = optimum.beta
-            else:
-                beta = tilt_at_kl(transform, kl).beta
-            planned.append({"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta})
-        if (weight := planned_weight(recipe, kl)) < 1.0:
-            planned[0]["mixture_weight"] = weight
+        weight = planned_weight(recipe, kl)
+        for number, wanted in enumerate(recipe.transforms):
+            share = weight if number == 0 else 1.0
+            transform, beta = _planned_transform(wanted, procedure, kl, share)
+            entry = {"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta}
+            if share < 1.0:
+                entry |= {"name": f"{entry['name']}-mixture", "mixture_weight": share}
+            planned.append(entry)
     except InputError as error:
         if recipe.beta is None or error.where != "kl_budget":
             raise
@@ -159,6 +157,18 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
     return kl, planned
 
 
+def _planned_transform(
+    wanted: str | dict[str, Any], procedure: InferenceProcedure, kl: float, weight: float
+) -> tuple[RewardTransform | SelfConsistentTransform, float]:
+    """A transform of the recipe, and its β at the planned KL of the policy or, below weight 1, of the mixture."""
+    transform = named_transform(wanted)
+    if transform is not None:
+        return transform, tilt_at_kl(transform, kl).beta if weight == 1.0 else beta_in_mixture(transform, weight, kl)
+    optimum = optimum_at_kl(procedure, kl)
+    following = wanted == SelfConsistentTransform.label
+    return (SelfConsistentTransform(procedure) if following else optimum.transform), optimum.beta
+
+
 def planned_weight(recipe: Recipe, kl: float) -> float:
     """The share that the recipe's own transform has in the mixture it is trained in (M19); 1 where there is none."""
     mixture = recipe.training.mixture
@@ -167,7 +177,16 @@ def planned_weight(recipe: Recipe, kl: float) -> float:
     if mixture.weight != "auto":
         return mixture.weight
     weight = ideal_weight(optimum_at_kl(recipe.target_procedure, kl))
-    return weight if weight <= LARGEST_IDEAL_WEIGHT else 1.0
+    if weight <= LARGEST_IDEAL_WEIGHT:
+        return weight
+    if transform_name(recipe.transform) in map(transform_name, recipe.transforms[1:]):
+        raise InputError(
+            f"the optimum for {recipe.target_procedure.label} is no mixture with the reference: training inside one "
+            f"gains nothing, and {transform_name(recipe.transform)} would be trained twice",
+            where="training.mixture",
+            hint="Leave training.mixture out, or compare_with the same transform",
+        )
+    return 1.0
 
 
 def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from infalign import BestOfN, WorstOfN, optimal_transform
+from infalign import BestOfN, TiltedPolicy, WorstOfN, limit, optimal_transform
 from infalign.errors import InputError
 from infalign.rollouts.models import load_policy
+from infalign.theory.alternatives import tilt_at_kl
 from infalign.training.mixture import (
+    best_mixture,
+    beta_in_mixture,
     check_weight,
     ideal_weight,
     mixture_kl,
@@ -17,7 +20,7 @@ from infalign.training.mixture import (
     softened_log_ratio,
 )
 from infalign.training.online import align
-from infalign.transforms import Exponential
+from infalign.transforms import Exponential, Identity
 from tests.training.enumerable import PROMPTS, TOKENS, Testbed, enumerate_responses
 
 WEIGHTS = st.floats(0.01, 1.0)
@@ -108,3 +111,29 @@ def test_it_ends_at_the_best_mixture(tmp_path, baseline):
     assert result.landing is None
     last = result.steps[-1]
     assert last.aligned_kl > last.kl > 0
+
+
+@pytest.mark.parametrize(("n", "weight", "least"), [(4, 0.45, 0.865), (16, 0.2321, 0.964), (64, 0.12, 0.996)])
+def test_identity_inside_a_mixture_is_nearly_the_optimum(n, weight, least):
+    """Density max(1 − ε, exp(u/β − c)) on a fine grid, M8 by the midpoint rule."""
+    beta = beta_in_mixture(Identity(), weight, 0.5)
+    density = best_mixture(Identity(), beta, weight)
+    assert density.mean() == pytest.approx(1.0, abs=1e-9)
+    assert (density * np.log(density)).mean() == pytest.approx(0.5, abs=1e-5)
+    u = (np.arange(density.size) + 0.5) / density.size
+    cdf = (np.cumsum(density) - 0.5 * density) / density.size
+    rate = 1.0 - (BestOfN(n).distortion(np.clip(cdf, 0, 1)) * BestOfN(n).density(u)).mean()
+    limit_at = float(limit(BestOfN(n), 0.5))
+    assert least < rate < limit_at
+    assert rate > float(TiltedPolicy(Identity(), tilt_at_kl(Identity(), 0.5).beta).win_rate(BestOfN(n))) + 0.05
+
+
+def test_weight_one_is_the_ordinary_plan():
+    assert beta_in_mixture(Exponential(10.0), 1.0, 0.5) == pytest.approx(
+        tilt_at_kl(Exponential(10.0), 0.5).beta, rel=1e-3
+    )
+
+
+def test_a_mixture_too_small_for_the_budget_is_refused():
+    with pytest.raises(InputError, match="larger weight"):
+        beta_in_mixture(Identity(), 0.02, 0.5)

@@ -77,7 +77,10 @@ class Recipe(Section):
         for gold in self.evaluation.gold:
             if (gold.model, gold.function, gold.url) in trained:
                 raise ValueError(f"the gold reward {gold.label} is trained on, so it tells nothing new")
-        names = [*map(transform_name, self.transforms), *map(baseline_name, self.baselines)]
+        own, *others = map(transform_name, self.transforms)
+        if self.training.mixture != "none":
+            own += "-mixture"  # beside the same transform alone
+        names = [own, *others, *map(baseline_name, self.baselines)]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
         if self.training.solver not in ("online", "mixed") and "self-consistent" in names:

@@ -348,13 +348,11 @@ def _predicted_lines(reshaping: Reshaping) -> list[str]:
         f"{label} {100 * rate.estimate:.1f} ± {100 * rate.standard_error:.1f} %"
         for label, rate in predicted.win_rates.items()
     )
-    lines = [
-        f"Predicted on new prompts: KL {predicted.kl.estimate:.3f} ± {predicted.kl.standard_error:.3f} nats; {rates}"
-    ]
+    kl = f"KL {predicted.kl.estimate:.3f} ± {predicted.kl.standard_error:.3f} nats"
+    lines = [f"Predicted on new prompts: {kl}; {rates}"]
     if predicted.tokens is not None:
-        lines.append(
-            f"Cost: {predicted.tries.estimate:.2f} tries and {predicted.tokens.estimate:.1f} tokens per delivered answer"
-        )
+        cost = f"{predicted.tries.estimate:.2f} tries and {predicted.tokens.estimate:.1f} tokens per delivered response"
+        lines.append(f"Cost: {cost}")
     return lines
 
 
