@@ -159,7 +159,7 @@ def test_exact_counts_are_said_best_first(finished, capsys, monkeypatch, tmp_pat
         (("--method", "nobody"), "There are: self-consistent-mixture, identity"),
         (("--kl", "-1"), "nats above 0"),
         (("--kind", "sideways"), "Use one of auto, mixture, reshaped"),
-        (("--procedure", "best-of-0"), "best-of-0"),
+        (("--procedure", "best-of-0"), "whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_reshaped_is_said_with_a_hint(finished, capsys, monkeypatch, arguments, message):
