@@ -109,6 +109,7 @@ def test_a_finished_run_does_nothing_again(job, finished):
         ("training.solver=offline-regression", "online training"),
         ("training.mixture={weight: 1.5}", "less than or equal to 1"),
         ("reshape.kind=sideways", "auto"),
+        ("procedure={kind: fitted, decoder: 'a:b'}", "a decoder runs one model"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(job, change, message):

@@ -93,6 +93,8 @@ class Recipe(Section):
                 f"training inside a mixture is online training; with training.solver {self.training.solver} leave "
                 "training.mixture out"
             )
+        if self.measured_procedure is not None and self.reshape.kind != "none":
+            raise ValueError("a decoder runs one model, not a reshaped policy: leave reshape out")
         if self.training.mixture != "none" and self.reshape.kind == "none":
             raise ValueError(
                 "a model that was trained inside a mixture is used as a part of it: give reshape: auto with "
