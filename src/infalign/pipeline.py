@@ -34,7 +34,7 @@ from infalign.stages.run import Run
 from infalign.training.landing import Landing
 from infalign.wording import counted
 
-MEASURED = 2  # counts up when what is measured changes, so that older results are measured again
+MEASURED = 3  # counts up when what is measured changes, so that older results are measured again
 GROUPS = ("rollout", "calibrate", "train", "evaluate", "report")
 
 

@@ -6,8 +6,11 @@ import functools
 import numpy as np
 
 from infalign.evaluation.measure import measure
+from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.procedures import BestOfN, Standard, WorstOfN
 from infalign.report.page import ReportData
+from infalign.reshape import Predicted, Predictions, Reshaping, ReshapingData
+from infalign.reshape.histogram import log_ratio_histogram
 
 HOSTILE = (
     "</script><img src=x onerror=\"document.title='pwned'\"><b>bold</b> &amp; {{ 7*7 }} \u202eright to left\u202c 🎉"
@@ -34,6 +37,57 @@ def sweep():
     """Three checkpoints of one training, and another method."""
     steps = [dataclasses.replace(method(f"a step {s}", s / 40), series="a", step=s) for s in (10, 20, 40)]
     return [*steps, method("b", 0.4)]
+
+
+def predicted(estimate, error):
+    return Predicted(estimate, error, (estimate - 2 * error, estimate + 2 * error))
+
+
+def fitted(shape, acceptance, tokens):
+    """What `reshape.json` holds of a fit for Best-of-4, with made-up numbers."""
+    rates = {"Standard": predicted(0.61, 0.02), "Best-of-4": predicted(0.79, 0.015)}
+    predictions = Predictions(
+        predicted(0.31, 0.02), rates, predicted(acceptance, 0.02), predicted(1 / acceptance, 0.1),
+        predicted(tokens, 0.5), 90.0, True,
+    )  # fmt: skip
+    rng = np.random.default_rng(2)
+    ratios_PK = rng.normal(-0.5, 1.0, size=(20, 32))
+    data = ReshapingData.from_rewards(
+        *(ratios_PK, ratios_PK),
+        aligned_log_ratios_PG=(own := ratios_PK + 1.0),
+        aligned_rewards_PG=own,
+    )
+    made = dataclasses.replace(shape, procedure="Best-of-4", beta=0.2, predictions=predictions)
+    return {
+        "reshaping": made.to_dict(),
+        "plain": {"kl": predicted(2.4, 0.1).to_dict(), "win_rate": predicted(0.8, 0.02).to_dict()},
+        "chosen": True,
+        "reason": "made up",
+        "prompts": 20,
+        "histogram": log_ratio_histogram(data),
+    }
+
+
+MIXTURE = fitted(Reshaping.mixture(0.125), 1.0, 12.0)
+RESHAPED = fitted(Reshaping.table([-3.0, 0.0, 3.0], [-2.0, 0.0, 0.5]), 0.4, 30.0)
+
+
+def reshaped_methods():
+    """A mixture, then a comparator reshaped and plain, at nearly the same KL."""
+    own = ReshapedRecord.of_fit(MIXTURE, "own", trained_weight=0.25, tokens=12.5)
+    other = ReshapedRecord.of_fit(RESHAPED, "plain", acceptance=0.42, tokens=29.0)
+    # Best-of-4 wins by a few excellent samples among ordinary ones, and so a single sample wins less.
+    rng = np.random.default_rng(5)
+    ref_rewards_PK = rng.normal(size=(60, 8))
+    rewards_PG = rng.normal(size=(60, 8)) + 1.5 * (rng.random((60, 8)) < 0.2)
+    mixed = measure("own-mixture", rewards_PG, ref_rewards_PK, rewards_PG, PROCEDURES)
+    plain = method("plain", 0.8)
+    kl = dataclasses.replace(plain.kl)
+    return [
+        dataclasses.replace(mixed, kl=kl, reshaped=own, reward=plain.reward),
+        dataclasses.replace(method("plain-reshaped", 0.9), kl=kl, reshaped=other),
+        plain,
+    ]
 
 
 def candidate(text, reward, *, chosen):

@@ -18,7 +18,10 @@ from infalign.theory.plan import limit
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One method: its KL in nats and its win rate, each with an interval; points of one series are of one curve."""
+    """One method: its KL in nats and its win rate, each with an interval; points of one series are of one curve.
+
+    A policy that was reshaped has the `family` of its aligned model's series, and is drawn as one with it.
+    """
 
     label: str
     series: str
@@ -28,6 +31,8 @@ class FrontierPoint:
     win_rate: float
     low: float
     high: float
+    family: str = ""
+    reshaped: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ def frontier(
                 win_rate=win.estimate,
                 low=win.estimate if win.low is None else win.low,
                 high=win.estimate if win.high is None else win.high,
+                family=family_of(result),
+                reshaped=result.reshaped is not None,
             )
         )
     spec = results[0].of(procedure).spec
@@ -108,6 +115,11 @@ def frontier(
             label = limit_name(predictability) if second else ""
         return Frontier(procedure, points, kls.tolist(), win_rates.tolist(), tied is not None, second, label)
     return Frontier(procedure, points, [], [])
+
+
+def family_of(result: MethodResult) -> str:
+    """What a plain policy and its reshaped form share: the series of the plain one."""
+    return (result.series or result.label) if result.reshaped is None else result.reshaped.method
 
 
 def win_rate_at(sweep: Sequence[MethodResult], procedure: str, kl: float, *, confidence: float = 0.95) -> Estimate:

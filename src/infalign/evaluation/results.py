@@ -9,6 +9,7 @@ from typing import Any
 
 from infalign.errors import InputError
 from infalign.estimators import Estimate, moved
+from infalign.evaluation.reshaped import ReshapedRecord
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class MethodResult:
         series: What the results of one curve share: a method of which there are several checkpoints or several KLs.
         step: Training step, of a checkpoint.
         kl_efficiency_at_least: What the KL efficiency is at least, at `confidence`; None where it is.
+        reshaped: How the policy was made of two models, if it was, and what was predicted of it.
     """
 
     label: str
@@ -262,6 +264,7 @@ class MethodResult:
     series: str | None = None
     step: int | None = None
     kl_efficiency_at_least: float | None = None
+    reshaped: ReshapedRecord | None = None
 
     @property
     def moved(self) -> bool:
@@ -270,7 +273,7 @@ class MethodResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
-        return asdict(self)
+        return asdict(self) | {"reshaped": None if self.reshaped is None else self.reshaped.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MethodResult:
@@ -307,6 +310,8 @@ class MethodResult:
                 for family, curve in fields["over_n"].items()
             }
             fields["diagnostics"] = Diagnostics.from_dict(fields["diagnostics"])
+            made = fields.get("reshaped")
+            fields["reshaped"] = None if made is None else ReshapedRecord.from_dict(made)
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(

@@ -13,6 +13,7 @@ import numpy as np
 from infalign.calibration import RewardCalibrator
 from infalign.evaluation.compare import compare
 from infalign.evaluation.record import Evaluation
+from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, write_page, write_report
@@ -90,7 +91,7 @@ def report_data(out: Path, evaluation: Evaluation) -> ReportData:
         curves={
             result.label: _records(path)
             for result in results
-            if (path := out / "policies" / result.label / "steps.jsonl").exists()
+            if (path := out / "policies" / _trained(result) / "steps.jsonl").exists()
         },
         rewards={
             label: {
@@ -99,7 +100,19 @@ def report_data(out: Path, evaluation: Evaluation) -> ReportData:
             }
             for label in labels
         },
+        reshapings={
+            result.label: _read(path)
+            for result in results
+            if result.reshaped is not None
+            and (path := out / "policies" / result.reshaped.method / "reshaped" / "reshape.json").exists()
+        },
     )
+
+
+def _trained(result: MethodResult) -> str:
+    """Whose training a result shows: a mixture's own where it was trained as one, else that of the model itself."""
+    made = result.reshaped
+    return result.label if made is None or made.trained_weight is None else made.method
 
 
 def _samples(

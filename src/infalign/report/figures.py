@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from infalign.errors import InputError, StorageError
-from infalign.evaluation.frontier import Frontier, FrontierPoint
+from infalign.evaluation.frontier import Frontier, FrontierPoint, family_of
 from infalign.evaluation.results import MethodResult
 
 Figure = dict[str, Any]
@@ -31,12 +31,13 @@ MOST_IN_LEGEND = 12  # more names would leave no room for the figure; they are s
 
 @dataclass(frozen=True)
 class Style:
-    """How one method is drawn everywhere."""
+    """How one method is drawn everywhere. The marker of a reshaped policy is not `filled`."""
 
     colour: str
     symbol: str
     marker: str
     dash: str
+    filled: bool = True
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
@@ -55,10 +56,43 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def styles_of(results: Sequence[MethodResult]) -> dict[str, Style]:
-    """A style for each result by label, and for each series by its name; the results of one series share theirs."""
+    """A style for each result by label, and for each series by its name; the results of one series share theirs.
+
+    A reshaped policy and its plain form share colour and shape.
+    """
     series = [result.series or result.label for result in results]
-    look = styles(list(dict.fromkeys(series)))
+    look = family_styles(
+        [(name, family_of(one), one.reshaped is not None) for name, one in zip(series, results, strict=True)]
+    )
     return look | {result.label: look[name] for result, name in zip(results, series, strict=True)}
+
+
+def family_styles(members: Sequence[tuple[str, str, bool]]) -> dict[str, Style]:
+    """A style for each series: one colour and shape for each family, hollow for reshaped policies.
+
+    Args:
+        members: Series, family, and whether it is reshaped.
+    """
+    of_family = styles(list(dict.fromkeys(family for _, family, _ in members)))
+    look: dict[str, Style] = {}
+    for series, family, reshaped in members:
+        if series in look:
+            continue
+        style = replace(of_family[family], dash=_DASHES[len(look) % len(_DASHES)])
+        look[series] = replace(style, symbol=f"{style.symbol}-open", filled=False) if reshaped else style
+    return look
+
+
+def family_lines(points: Sequence[FrontierPoint]) -> list[tuple[str, list[FrontierPoint]]]:
+    """Lines from a plain policy to its reshaped form, where a family has one of each: series for the style, points."""
+    families: dict[str, list[FrontierPoint]] = {}
+    for point in points:
+        families.setdefault(point.family, []).append(point)
+    return [
+        (some[0].series, sorted(some, key=lambda point: point.reshaped))
+        for some in families.values()
+        if [point.reshaped for point in sorted(some, key=lambda point: point.reshaped)] == [False, True]
+    ]
 
 
 def by_series(points: Sequence[FrontierPoint]) -> dict[str, list[FrontierPoint]]:
@@ -100,6 +134,18 @@ def frontier_figure(data: Frontier, look: Mapping[str, Style]) -> Figure:
                 "y": data.predictable_win_rates,
                 "line": {"color": REFERENCE_COLOUR, "width": 2, "dash": "dash"},
                 "hovertemplate": "Gaussian model at KL %{x:.3f}: %{y:.1%}<extra></extra>",
+            }
+        )
+    for series, points in family_lines(data.points):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [point.kl for point in points],
+                "y": [point.win_rate for point in points],
+                "line": {"color": look[series].colour, "width": 1},
+                "showlegend": False,
+                "hoverinfo": "skip",
             }
         )
     for series, points in by_series(data.points).items():
@@ -214,7 +260,7 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
             "matplotlib is not installed", hint="Install it with: pip install 'infalign[report]'"
         ) from error
 
-    look = styles(list(by_series(panels[0].points)))
+    look = family_styles([(point.series, point.family or point.series, point.reshaped) for point in panels[0].points])
     figure = Canvas(figsize=(4.6 * len(panels) + 0.4, 4.3), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
@@ -231,6 +277,9 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
                 linestyle="--",
                 label=f"limit at {rho} (Gaussian model)",
             )
+        for series, points in family_lines(panel.points):
+            ends = [point.kl for point in points], [point.win_rate for point in points]
+            axes.plot(*ends, color=look[series].colour, linewidth=1)
         for series, points in by_series(panel.points).items():
             style = look[series]
             axes.errorbar(
@@ -241,6 +290,7 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
                 color=style.colour,
                 marker=style.marker,
                 markersize=8,
+                markerfacecolor=style.colour if style.filled else "white",
                 linestyle=":" if len(points) > 1 else "none",
                 linewidth=1,
                 elinewidth=1.6,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from infalign.evaluation.compare import compare
+from infalign.evaluation.results import MethodResult
 from infalign.report.page import ReportData, judges_of
+from infalign.report.reshaped import cost_rows, prediction_rows
 from infalign.report.words import (
     cautions,
     cell,
@@ -29,6 +33,7 @@ def render_markdown(data: ReportData) -> str:
     for finding in verdict(results, data.procedure, comparisons):
         lines.append(f"- **{'resolved' if finding.resolved else 'not resolved'}**: {cell(finding.sentence)}")
     lines += ["", "## Numbers", "", markdown_table(results)]
+    lines += _reshaped(results)
     judges = judges_of(results)
     if judges:
         first = results[0].reward
@@ -62,3 +67,22 @@ def render_markdown(data: ReportData) -> str:
     if data.versions:
         lines += ["Versions: " + ", ".join(f"{cell(name)} {cell(text)}" for name, text in data.versions.items()), ""]
     return "\n".join(lines)
+
+
+def _reshaped(results: Sequence[MethodResult]) -> list[str]:
+    """What reshaped policies are made of and take, and what was predicted of them; nothing where there are none."""
+    costs = cost_rows(results)
+    if not costs:
+        return []
+    answer = "tokens per answer"
+    head = ["policy", "made of", "accepted", "tokens per response", answer, "KL of the aligned model alone, predicted"]
+    lines = ["## Reshaped policies", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for cost in costs:
+        row = [cost.label, cost.made, cost.acceptance, cost.per_response, cost.per_answer, cost.alone]
+        lines.append("| " + " | ".join(cell(text) for text in row) + " |")
+    head = ["policy", "", "predicted", "measured", "apart, in standard errors"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for one in prediction_rows(results):
+        row = [one.label, one.quantity, one.predicted, one.measured, one.apart]
+        lines.append("| " + " | ".join(cell(text) for text in row) + " |")
+    return [*lines, ""]

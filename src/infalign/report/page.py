@@ -18,6 +18,7 @@ from infalign.evaluation.frontier import frontier
 from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.runs import MatchedDifference
 from infalign.report import curves, figures
+from infalign.report.reshaped import cost_rows, prediction_rows, shape_figures
 from infalign.report.words import (
     captured_cell,
     cautions,
@@ -93,6 +94,7 @@ class ReportData:
             reference may be among the methods, under `reference`; wins and losses are then against its chosen response.
         curves: For each method the training records: {"step", "kl", "calibrated_reward", "beta"}.
         rewards: For each method, and the reference, {"rewards": [...], "calibrated_rewards": [...]}.
+        reshapings: For each reshaped policy what its `reshape.json` holds: "reshaping", "histogram".
         reference: Name of the reference in `samples` and `rewards`.
     """
 
@@ -111,6 +113,7 @@ class ReportData:
     samples: Sequence[Mapping[str, Any]] = ()
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     rewards: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    reshapings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference: str = "reference"
 
     @classmethod
@@ -231,6 +234,8 @@ def render(data: ReportData) -> str:
         columns=columns,
         findings=verdict(results, data.procedure, comparisons),
         judges=judges_of(results),
+        predictions=prediction_rows(results),
+        costs=cost_rows(results),
         comparisons=[comparison for comparison in comparisons if comparison.procedure in columns],
         look=look,
         strip=_strip_scale(results, columns),
@@ -272,6 +277,7 @@ def _figures(
     ):
         values = {label: entry[key] for label, entry in data.rewards.items() if key in entry}
         found[place] = figures.histogram_figure(values, look, calibrated=place == "calibrated", title=title)
+    found |= shape_figures(data.reshapings, results, look)
     return {place: figure for place, figure in found.items() if figure is not None}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.tied_limit import tie_notes
+from infalign.report.reshaped import reshaped_lines
 from infalign.report.words import nats, predictability_lines, unmoved
 from infalign.wording import counted
 
@@ -58,6 +59,7 @@ def text_table(
         *_judged(results, labels),
         *(sentence for result in results if (sentence := unmoved(result)) is not None),
         *(comparison["sentence"] for comparison in comparisons if comparison["procedure"] in labels),
+        *reshaped_lines(results),
     ]
     if kl_budget is not None:
         reached = ", ".join(f"{r.label} {r.kl.estimate:.3f} ({r.kl.estimate / kl_budget - 1:+.0%})" for r in results)

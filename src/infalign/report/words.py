@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from infalign.estimators import difference_estimate, holm
-from infalign.evaluation.compare import Comparison
+from infalign.evaluation.compare import Comparison, compare_pairs
 from infalign.evaluation.predictability import limit_name
+from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult, Predictability, ProcedureResult
 from infalign.evaluation.tied_limit import tie_notes
 from infalign.wording import counted
+
+STANDARD = "Standard"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def captured_cell(result: MethodResult, entry: ProcedureResult) -> str:
 def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequence[Comparison]) -> list[Finding]:
     """The findings that matter for the procedure in view: each method against the reference, then against the baseline.
 
+    Of reshaped policies also what one sample is worth, since they were made for many.
+
     Args:
         results: Methods.
         procedure: Label of the procedure the user deploys.
@@ -100,7 +105,55 @@ def verdict(results: Sequence[MethodResult], procedure: str, comparisons: Sequen
             )
         )
     findings += [Finding(c.resolved, c.sentence) for c in comparisons if c.procedure == procedure]
-    return findings
+    return findings + single_samples(results)
+
+
+SAME_KL = 0.25
+"""How far two KLs may be apart, relative, for plain policies to be set beside a reshaped one in the recipe's order."""
+
+
+def single_samples(results: Sequence[MethodResult]) -> list[Finding]:
+    """What a user gets who takes one sample of a reshaped policy, beside one of a plain policy at about the same KL.
+
+    Args:
+        results: Methods; nothing is said where no policy is reshaped, or standard sampling was not measured.
+    """
+    if not any(entry.procedure == STANDARD for entry in results[0].procedures):
+        return []
+    plain = [result for result in results if result.reshaped is None]
+    return [
+        _single_sample(result, result.reshaped, plain)
+        for result in results
+        if result.reshaped is not None and result.reshaped.procedure != STANDARD
+    ]
+
+
+def _single_sample(result: MethodResult, made: ReshapedRecord, plain: Sequence[MethodResult]) -> Finding:
+    win = result.of(STANDARD).win_rate
+    head = f"One sample of {result.label} instead of {made.procedure}"
+    why = f" {1 - made.weight:.0%} of its samples are the reference's own." if made.is_mixture else ""
+    if not plain:
+        resolved = win.low is not None and win.high is not None and not win.low <= 0.5 <= win.high
+        through = next((e.win_rate for e in result.procedures if e.procedure == made.procedure), None)
+        beside = "" if through is None else f"; through {made.procedure} it is {percent(through)}"
+        return Finding(resolved, f"{head}: its standard win rate is {percent(win)}{beside}.{why}")
+
+    def apart(other: MethodResult) -> float:
+        return abs(other.kl.estimate - result.kl.estimate)
+
+    near = [other for other in plain if apart(other) <= SAME_KL * abs(result.kl.estimate)]
+    own = [other for other in near if other.label == made.method]
+    other = (own or near or [min(plain, key=apart)])[0]
+    found = next(c for c in compare_pairs([(result, other)]) if c.procedure == STANDARD)
+    if found.resolved:
+        claim = f"{head} is {'worth more' if found.difference.estimate > 0 else 'worth less'} than one of {other.label}"
+    else:
+        claim = f"{head}: not resolved whether it is worth less or more than one of {other.label}"
+    numbers = (
+        f"standard win rate {percent(win)} against {percent(other.of(STANDARD).win_rate)}, at a KL of "
+        f"{result.kl.estimate:.2f} against {other.kl.estimate:.2f} nats"
+    )
+    return Finding(found.resolved, f"{claim}: {numbers}.{why}")
 
 
 def cautions(results: Sequence[MethodResult]) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import MethodResult
-from infalign.model_card import CardFacts, write_model_card
+from infalign.model_card import CardFacts, ReshapedFacts, write_model_card, write_reshaped_card
 from infalign.run_folder import versions
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.run import Run
 from infalign.training.landing import Landing
 
 
-def write_card(run: Run, planned: PlannedTransform, result: MethodResult | None) -> None:
-    """The model card of an aligned policy, with what was measured if that is known."""
+def write_card(
+    run: Run, planned: PlannedTransform, result: MethodResult | None, reshaped_result: MethodResult | None = None
+) -> None:
+    """The model card of an aligned policy, and of its reshaped form, with what was measured if that is known."""
     recipe, calibration = run.recipe, run.read_json("calibration/summary.json")
     trained = run.read_json(f"policies/{planned.name}/result.json")
     folder = run.policy_folder(planned.name)
@@ -40,5 +43,23 @@ def write_card(run: Run, planned: PlannedTransform, result: MethodResult | None)
         seed=recipe.seed,
         versions={name: version for name, version in versions().items() if name != "platform"},
         result=result,
+        trained_weight=planned.trained_weight,
+        reshaped=_reshaped(run, planned, reshaped_result),
     )
     write_model_card(folder, facts)
+    if facts.reshaped is not None:
+        write_reshaped_card(run.reshaped_folder(planned.name), facts)
+
+
+def _reshaped(run: Run, planned: PlannedTransform, result: MethodResult | None) -> ReshapedFacts | None:
+    """What is known of the method's reshaped policy; None where there is none to be used."""
+    name = f"policies/{planned.name}/reshaped/reshape.json"
+    if not run.reshapes(planned) or not (run.out / name).exists():
+        return None
+    content = run.read_json(name)
+    if not content["chosen"]:
+        return None
+    record = None if result is None else result.reshaped
+    if record is None:
+        record = ReshapedRecord.of_fit(content, planned.name, trained_weight=planned.trained_weight)
+    return ReshapedFacts(planned.reshaped_name, record, content["prompts"], result)

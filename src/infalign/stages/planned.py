@@ -32,6 +32,16 @@ class PlannedTransform:
         transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
         return cls(content["name"], transform, content["beta"], mixture_weight=content.get("mixture_weight", 1.0))
 
+    @property
+    def reshaped_name(self) -> str:
+        """What its reshaped policy is called, beside the plain model of this name."""
+        return f"{self.name}-{'reshaped' if self.mixture_weight == 1.0 else 'mixture'}"
+
+    @property
+    def trained_weight(self) -> float | None:
+        """The model's share during its training inside a mixture; None where it was trained to be used alone."""
+        return None if self.mixture_weight == 1.0 else self.mixture_weight
+
     def trains_online(self, solver: str) -> bool:
         """Whether it is trained by the online solver, where the recipe's transforms use `solver`."""
         return solver == "online" if self.baseline is None else is_online(self.baseline)

@@ -21,12 +21,14 @@ from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Goal, Reshaping, ReshapingData, Split, best_split, fit_reshaping_to, predict_reshaping
+from infalign.reshape.histogram import log_ratio_histogram
 from infalign.rollouts.policy import Policy, flat_responses
 from infalign.rollouts.policy_file import MIXTURE, RESHAPED, PolicyFile, write_policy_file
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RunFolder, write_json
 from infalign.run_rewards import scored_by_all
+from infalign.stages.card import write_card
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run, open_run
@@ -76,7 +78,9 @@ def reshape_policy(run: Run, planned: PlannedTransform, progress: Progress) -> N
     folder = run.reshaped_folder(planned.name)
     if choice.chosen:
         write_policy(folder, run.reference, run.policy_folder(planned.name), choice.reshaping)
-    write_json(folder / FILE, {**choice.to_dict(), "prompts": len(prompts)})
+    histogram = log_ratio_histogram(data)
+    write_json(folder / FILE, {**choice.to_dict(), "prompts": len(prompts), "histogram": histogram})
+    write_card(run, planned, None)
     run.say(f"  {choice.reason}")
 
 

@@ -120,8 +120,7 @@ class Run:
         found: list[EvaluatedPolicy] = []
         for planned in self.planned():
             if self.reshapes(planned) and self.read_json(f"policies/{planned.name}/reshaped/reshape.json")["chosen"]:
-                name = planned.name if planned.mixture_weight < 1.0 else f"{planned.name}-reshaped"
-                found.append(EvaluatedPolicy(name, self.reshaped_folder(planned.name), planned, True))
+                found.append(EvaluatedPolicy(planned.reshaped_name, self.reshaped_folder(planned.name), planned, True))
             if planned.mixture_weight == 1.0:
                 found.append(EvaluatedPolicy(planned.name, self.policy_folder(planned.name), planned, False))
         return found
