@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
+from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult, ProcedureResult
-from infalign.model_card import CardFacts, model_card, plain, write_model_card
+from infalign.model_card import CardFacts, ReshapedFacts, model_card, plain, reshaped_card, write_model_card
 from infalign.training.landing import Landing
+from tests.report.example import MIXTURE, RESHAPED, reshaped_methods
 
 FACTS = CardFacts(
     name="demo", base="org/base-model", procedure="Best-of-4", transform="optimal", beta=0.1234, planned_kl=0.5,
@@ -89,3 +91,56 @@ def test_paths_are_names_only(tmp_path):
     assert plain("org/name") == "org/name"
     card = model_card(replace(FACTS, base=str(tmp_path / "base"), prompts=str(tmp_path / "p.jsonl"))).content
     assert str(tmp_path) not in card
+
+
+def part_of(content, result=None, **changes):
+    record = ReshapedRecord.of_fit(content) if result is None else result.reshaped
+    reshaped = ReshapedFacts("own-mixture", record, 20, result)
+    return replace(FACTS, trained_weight=record.trained_weight, reshaped=reshaped, landing=None, **changes)
+
+
+def test_a_part_of_a_mixture_says_that_it_is_not_to_be_used_alone():
+    text = model_card(part_of(MIXTURE)).text
+    assert "**Not meant to be used alone.** Alone its KL from the reference is 2.400 ± 0.100 nats" in text
+    assert "| Trained inside a mixture | 25.0% of it" in text
+    assert "Used otherwise it" not in text
+    assert "draws each response from this model with probability 0.125, otherwise from org/base\\-model" in text
+    before_fit = model_card(replace(FACTS, trained_weight=0.25, landing=None)).text
+    assert "Alone it is much further from the reference" in before_fit
+    assert "Not meant to be used alone" not in model_card(FACTS).text
+
+
+def test_a_mixture_card_has_code_commands_two_model_names_and_the_caution():
+    facts = part_of(MIXTURE, adapter=True)
+    text = reshaped_card(facts, facts.reshaped).text
+    for told in (
+        'policy = ia.open_policy(".")', "max_new_tokens=64", "policy.draw(",
+        "infalign decode \"A prompt\" --model . --reward REWARD --procedure best-of-4",
+        "--lora-modules aligned=ADAPTER", "--model-name BASE --aligned-name aligned", "--aligned-weight 0.125",
+        "**A single sample.** It was made for Best\\-of\\-4", "predicted to be 61.0 ± 2.0 %.",
+        "88% of its samples are the reference's own", "| Best\\-of\\-4 win rate, % | 79.0 ± 1.5 | not yet |",
+    ):  # fmt: skip
+        assert told in text, told
+    assert "lora" not in reshaped_card(replace(facts, adapter=False), facts.reshaped).text
+
+
+def test_a_policy_drawn_by_rejection_tells_its_acceptance_and_offers_no_weight():
+    result = reshaped_methods()[1]
+    facts = part_of(RESHAPED, result)
+    text = reshaped_card(facts, facts.reshaped).text
+    assert "| proposals accepted, % | 40.0 | 42.0 |" in text
+    assert "| tokens per response, rejected ones included | 30.0 | 29.0 |" in text
+    assert "--aligned-weight" not in text
+    assert "reference's own" not in text
+    assert "not yet" not in text
+    card = model_card(facts).text
+    assert "Not meant to be used alone" not in card, "it was trained to be used alone"
+    assert "## Reshaped policy for Best\\-of\\-4" in card
+
+
+def test_hostile_names_stay_names_in_the_reshaped_card():
+    name = "x\n---\n`<script>` [a](b) | # head"
+    facts = part_of(MIXTURE, name=name, base=name)
+    text = reshaped_card(facts, replace(facts.reshaped, name=name)).text
+    assert "<script" not in text
+    assert len([line for line in text.splitlines() if line.startswith("#")]) == 4, "no heading of theirs"

@@ -1,16 +1,22 @@
 """A run that trains inside a mixture and reshapes: what it leaves, that it resumes, and what it refuses."""
 
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
 from infalign.errors import InputError
+from infalign.evaluation.record import Evaluation
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
+from infalign.report.build import report_data
+from infalign.report.page import render
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import open_policy
+from infalign.rollouts.store import RolloutStore
 from infalign.testbed.toy import random_llama
 from tests.runs import Recorder, infalign
 
@@ -94,6 +100,64 @@ def test_every_step_has_the_kl_of_the_mixture_and_of_the_model_alone(finished):
     assert len(steps) == 6
     assert all(step["kl"] <= step["aligned_kl"] + 1e-9 for step in steps), "a mixture is nearer to the reference"
     assert json.loads((out / "policies/self-consistent-mixture/result.json").read_text())["landing"] is None
+
+
+def test_the_evaluation_records_how_each_reshaped_policy_was_made_and_what_it_took(finished):
+    out, *_ = finished
+    evaluation = Evaluation.read(out)
+    made = {one.label: one.reshaped for one in evaluation.results}
+    own = made["self-consistent-mixture"]
+    assert own.method == "self-consistent"
+    assert own.trained_weight == json.loads((out / "plan.json").read_text())["transforms"][0]["mixture_weight"]
+    assert own.procedure == "Best-of-4"
+    assert made["identity"] is None
+    fitted = json.loads((out / "policies/self-consistent/reshaped/reshape.json").read_text())
+    assert own.predictions.to_dict() == fitted["reshaping"]["predictions"]
+    assert own.alone_kl.estimate == fitted["plain"]["kl"]["estimate"]
+    assert len(fitted["histogram"]["edges"]) == 41
+    for label, record in made.items():
+        if record is None:
+            continue
+        tries = out / f"rollouts/evaluation-{label}/tries.json"
+        store = RolloutStore.open(out / f"rollouts/evaluation-{label}")
+        assert tries.exists() == (record.kind == "reshaped")
+        if tries.exists():
+            counted = json.loads(tries.read_text())
+            assert record.acceptance == counted["acceptance"]
+            assert record.tokens == counted["tokens"] / (6 * 8)
+        else:
+            assert record.acceptance == 1.0
+            assert record.tokens == pytest.approx(np.mean(store.table(["num_tokens"])["num_tokens"].to_pylist()))
+
+
+def test_the_report_shows_them_with_the_training_of_the_mixture(finished):
+    out, result, _ = finished
+    data = report_data(out, Evaluation.read(out))
+    assert "self-consistent-mixture" in data.reshapings
+    assert "self-consistent-mixture" in data.curves, "the mixture's own training"
+    text = render(data)
+    for told in ("Reshaped policies", "One sample of self-consistent-mixture instead of Best-of-4"):
+        assert told in text
+    assert "One sample of self-consistent-mixture instead of Best-of-4" in result["text"]
+
+
+def test_the_cards_say_how_to_use_it_and_the_code_on_them_runs(finished, monkeypatch):
+    out, *_ = finished
+    folder = out / "policies/self-consistent"
+    own, part = ((folder / name / "README.md").read_text() for name in ("reshaped", "model"))
+    assert "Not meant to be used alone" in part
+    assert "The model is not evaluated alone" in part
+    assert "A single sample." in own
+    assert "| Best\\-of\\-4 win rate, % |" in own
+    assert "not yet" not in own
+    assert str(out) not in own + part
+    for text, at in ((own, folder / "reshaped"), (part, folder / "model")):
+        monkeypatch.chdir(at)
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        names = {}
+        exec(code, names)
+        assert len(names["store"]) == 4
+        shutil.rmtree("rollouts")
 
 
 def test_a_finished_run_does_nothing_again(job, finished):

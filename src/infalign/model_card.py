@@ -188,6 +188,7 @@ def reshaped_card(facts: CardFacts, reshaped: ReshapedFacts) -> ModelCard:
     body = f"""# {plain(facts.name)}: {plain(reshaped.name)}
 
 {made} The aligned model is in `../model`; its card says how it was trained.
+`policy.json` names both models: move them together with this folder, or say there where they are.
 
 {_how_to_use(facts, reshaped, "##", ".")}
 
@@ -261,7 +262,7 @@ def _alone(facts: CardFacts) -> str:
 
 def _not_alone(facts: CardFacts) -> str:
     there = "below" if facts.reshaped is not None else "once it is made"
-    return f"The model is not evaluated alone; its mixture is, {there}."
+    return f"The model is not evaluated alone; the policy that it is a part of is, {there}."
 
 
 def _reshaped_section(facts: CardFacts) -> str:

@@ -16,7 +16,7 @@ from infalign.checks import check_writable
 from infalign.data import PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
-from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.fresh import exact_kls, measure_store, with_record
 from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
@@ -330,7 +330,7 @@ class _Evaluator:
 
         with self.reporter.stage(f"Measure {candidate.label}") as progress:
             kls_PG = exact_kls(store, job.prompts, job.num_samples, reference.key.model, load, progress, reference)
-            return measure_store(
+            result = measure_store(
                 *(candidate.label, store, reference, kls_PG, job.prompts, job.procedures),
                 reward_key=job.reward.key,
                 reward=_reward_name(job),
@@ -339,6 +339,7 @@ class _Evaluator:
                 series=candidate.series,
                 step=candidate.step,
             )
+            return with_record(result, candidate.model, store)
 
     def _opener(self) -> PolicyOpener:
         job = self.job

@@ -43,7 +43,7 @@ def predicted(estimate, error):
     return Predicted(estimate, error, (estimate - 2 * error, estimate + 2 * error))
 
 
-def fitted(shape, acceptance, tokens):
+def fitted(shape, acceptance, tokens, **about):
     """What `reshape.json` holds of a fit for Best-of-4, with made-up numbers."""
     rates = {"Standard": predicted(0.61, 0.02), "Best-of-4": predicted(0.79, 0.015)}
     predictions = Predictions(
@@ -62,20 +62,21 @@ def fitted(shape, acceptance, tokens):
         "reshaping": made.to_dict(),
         "plain": {"kl": predicted(2.4, 0.1).to_dict(), "win_rate": predicted(0.8, 0.02).to_dict()},
         "chosen": True,
+        **about,
         "reason": "made up",
         "prompts": 20,
         "histogram": log_ratio_histogram(data),
     }
 
 
-MIXTURE = fitted(Reshaping.mixture(0.125), 1.0, 12.0)
-RESHAPED = fitted(Reshaping.table([-3.0, 0.0, 3.0], [-2.0, 0.0, 0.5]), 0.4, 30.0)
+MIXTURE = fitted(Reshaping.mixture(0.125), 1.0, 12.0, method="own", trained_weight=0.25)
+RESHAPED = fitted(Reshaping.table([-3.0, 0.0, 3.0], [-2.0, 0.0, 0.5]), 0.4, 30.0, method="plain", trained_weight=None)
 
 
 def reshaped_methods():
     """A mixture, then a comparator reshaped and plain, at nearly the same KL."""
-    own = ReshapedRecord.of_fit(MIXTURE, "own", trained_weight=0.25, tokens=12.5)
-    other = ReshapedRecord.of_fit(RESHAPED, "plain", acceptance=0.42, tokens=29.0)
+    own = ReshapedRecord.of_fit(MIXTURE, tokens=12.5)
+    other = ReshapedRecord.of_fit(RESHAPED, acceptance=0.42, tokens=29.0)
     # Best-of-4 wins by a few excellent samples among ordinary ones, and so a single sample wins less.
     rng = np.random.default_rng(5)
     ref_rewards_PK = rng.normal(size=(60, 8))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ from numpy.typing import NDArray
 from infalign.data import PromptSet
 from infalign.errors import InputError
 from infalign.evaluation.measure import measure
+from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.reshaped import ReshapedPolicy
+from infalign.rollouts.reshaped import TRIES, ReshapedPolicy
 from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
 
@@ -133,3 +136,22 @@ def measure_store(
         series=series,
         step=step,
     )
+
+
+def with_record(result: MethodResult, model: str | Path, store: RolloutStore) -> MethodResult:
+    """The result with how its policy was reshaped, where `model` is a folder with the fit that it comes from.
+
+    Args:
+        result: What was measured of the policy.
+        model: What `open_policy` opened.
+        store: Its rollouts, with the count of what they took.
+    """
+    fit = read_fit(model)
+    if fit is None:
+        return result
+    acceptance, tokens = None, result.mean_length
+    if (store.path / TRIES).exists():
+        tries = json.loads((store.path / TRIES).read_text(encoding="utf-8"))
+        # Of tries that were drawn ahead more than one may be accepted, and one is delivered.
+        acceptance, tokens = tries["acceptance"], tries["tokens"] / len(store)
+    return replace(result, reshaped=ReshapedRecord.of_fit(fit, acceptance=acceptance, tokens=tokens))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from infalign.reshape import Reshaping
 from infalign.reshape.reshaping import Predicted, Predictions
+
+FIT_FILE = "reshape.json"
+"""The fit, in the folder of the policy that it gave."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,9 @@ class ReshapedRecord:
 
     @classmethod
     def of_fit(
-        cls,
-        content: Mapping[str, Any],
-        method: str,
-        *,
-        trained_weight: float | None = None,
-        acceptance: float | None = None,
-        tokens: float | None = None,
+        cls, content: Mapping[str, Any], *, acceptance: float | None = None, tokens: float | None = None
     ) -> ReshapedRecord:
-        """From what `reshape.json` holds; the other arguments are the attributes of that name.
+        """From what `read_fit` gave, and what was counted since.
 
         Raises:
             InputError: If it holds no reshaping.
@@ -56,14 +55,15 @@ class ReshapedRecord:
         fit = Reshaping.from_dict(content["reshaping"])
         assert fit.procedure is not None, "a stored fit is for a procedure"
         assert fit.predictions is not None, "a stored fit predicts"
+        plain = content.get("plain")
         return cls(
             kind=fit.kind,
-            method=method,
+            method=content["method"],
             weight=fit.mixture_weight,
             procedure=fit.procedure,
             predictions=fit.predictions,
-            alone_kl=Predicted.from_dict(content["plain"]["kl"]),
-            trained_weight=trained_weight,
+            alone_kl=None if plain is None else Predicted.from_dict(plain["kl"]),
+            trained_weight=content.get("trained_weight"),
             acceptance=1.0 if fit.kind == "mixture" else acceptance,
             tokens=tokens,
         )
@@ -92,3 +92,16 @@ class ReshapedRecord:
                 "alone_kl": None if alone is None else Predicted.from_dict(alone),
             }
         )
+
+
+def read_fit(folder: str | Path) -> dict[str, Any] | None:
+    """The fit in the folder of the policy that it gave; None where there is none.
+
+    Args:
+        folder: `policies/NAME/reshaped` of a run.
+    """
+    path = Path(folder) / FIT_FILE
+    if not path.is_file():
+        return None
+    # Fits of earlier versions do not say of which method they are.
+    return {"method": path.resolve().parent.parent.name, **json.loads(path.read_text(encoding="utf-8"))}

@@ -13,6 +13,7 @@ import numpy as np
 from infalign.calibration import RewardCalibrator
 from infalign.evaluation.compare import compare
 from infalign.evaluation.record import Evaluation
+from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.markdown import render_markdown
@@ -101,12 +102,18 @@ def report_data(out: Path, evaluation: Evaluation) -> ReportData:
             for label in labels
         },
         reshapings={
-            result.label: _read(path)
+            result.label: fit
             for result in results
             if result.reshaped is not None
-            and (path := out / "policies" / result.reshaped.method / "reshaped" / "reshape.json").exists()
+            and (fit := read_fit(_fit_folder(out, evaluation, result.label, result.reshaped))) is not None
         },
     )
+
+
+def _fit_folder(out: Path, evaluation: Evaluation, label: str, record: ReshapedRecord) -> Path:
+    """Where a reshaped policy is: in the run, or wherever the policy is that was evaluated."""
+    models = evaluation.settings.get("models", {})
+    return Path(models[label]) if label in models else out / "policies" / record.method / "reshaped"
 
 
 def _trained(result: MethodResult) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infalign.evaluation.reshaped import ReshapedRecord
+from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
 from infalign.model_card import CardFacts, ReshapedFacts, write_model_card, write_reshaped_card
 from infalign.run_folder import versions
@@ -53,13 +53,9 @@ def write_card(
 
 def _reshaped(run: Run, planned: PlannedTransform, result: MethodResult | None) -> ReshapedFacts | None:
     """What is known of the method's reshaped policy; None where there is none to be used."""
-    name = f"policies/{planned.name}/reshaped/reshape.json"
-    if not run.reshapes(planned) or not (run.out / name).exists():
-        return None
-    content = run.read_json(name)
-    if not content["chosen"]:
+    content = read_fit(run.reshaped_folder(planned.name))
+    if not run.reshapes(planned) or content is None or not content["chosen"]:
         return None
     record = None if result is None else result.reshaped
-    if record is None:
-        record = ReshapedRecord.of_fit(content, planned.name, trained_weight=planned.trained_weight)
+    record = record or ReshapedRecord.of_fit(content)
     return ReshapedFacts(planned.reshaped_name, record, content["prompts"], result)

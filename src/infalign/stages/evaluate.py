@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from functools import partial
 
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
-from infalign.evaluation.fresh import exact_kls, measure_store
+from infalign.evaluation.fresh import exact_kls, measure_store, with_record
 from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
-from infalign.evaluation.reshaped import ReshapedRecord
-from infalign.evaluation.results import MethodResult
 from infalign.recipe import GoldReward
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.reshaped import TRIES
 from infalign.rollouts.score import score_store
 from infalign.run_folder import versions, write_json
 from infalign.run_rewards import open_reward
 from infalign.stages.card import write_card
 from infalign.stages.rollout import draw
-from infalign.stages.run import EvaluatedPolicy, Run
+from infalign.stages.run import Run
 from infalign.transforms import Identity, RewardTransform
 from infalign.wording import distinct
 
@@ -96,7 +91,7 @@ def measure(run: Run, progress: Progress) -> None:
         for one in policies
     ]
     results = [
-        replace(result, reshaped=reshaped_record(run, one, result)) if one.reshaped else result
+        with_record(result, one.folder, run.store(f"evaluation-{one.name}"))
         for one, result in zip(policies, results, strict=True)
     ]
     results, predictability = with_predictability(results, recipe.evaluation_procedures, _calibrated(run))
@@ -118,27 +113,12 @@ def measure(run: Run, progress: Progress) -> None:
     )
     write_json(run.out / FILE, evaluation.to_dict())
     for planned in run.planned():
-        of_planned = [(one, result) for one, result in zip(policies, results, strict=True) if one.method == planned]
+        of_planned = [
+            (one, result) for one, result in zip(policies, results, strict=True) if one.method.name == planned.name
+        ]
         plain = next((result for one, result in of_planned if not one.reshaped), None)
         reshaped = next((result for one, result in of_planned if one.reshaped), None)
         write_card(run, planned, plain, reshaped)
-
-
-def reshaped_record(run: Run, policy: EvaluatedPolicy, result: MethodResult) -> ReshapedRecord:
-    """How a reshaped policy was made, what its fit predicted, and what its rollouts for the evaluation took."""
-    store = run.store(f"evaluation-{policy.name}")
-    acceptance, tokens, path = None, result.mean_length, store.path / TRIES
-    if path.exists():
-        tries = json.loads(path.read_text(encoding="utf-8"))
-        # Of tries drawn ahead more than one may be accepted, and one is delivered.
-        acceptance, tokens = tries["acceptance"], tries["tokens"] / len(store)
-    return ReshapedRecord.of_fit(
-        run.read_json(f"policies/{policy.method.name}/reshaped/reshape.json"),
-        policy.method.name,
-        trained_weight=policy.method.trained_weight,
-        acceptance=acceptance,
-        tokens=tokens,
-    )
 
 
 def _calibrated(run: Run) -> dict[str, RewardTransform]:

@@ -78,8 +78,8 @@ def reshape_policy(run: Run, planned: PlannedTransform, progress: Progress) -> N
     folder = run.reshaped_folder(planned.name)
     if choice.chosen:
         write_policy(folder, run.reference, run.policy_folder(planned.name), choice.reshaping)
-    histogram = log_ratio_histogram(data)
-    write_json(folder / FILE, {**choice.to_dict(), "prompts": len(prompts), "histogram": histogram})
+    about = {"method": planned.name, "trained_weight": planned.trained_weight, "prompts": len(prompts)}
+    write_json(folder / FILE, {**choice.to_dict(), **about, "histogram": log_ratio_histogram(data)})
     write_card(run, planned, None)
     run.say(f"  {choice.reason}")
 
