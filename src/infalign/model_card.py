@@ -313,13 +313,14 @@ or through the procedure, with the reward that chooses:
     infalign serve --model {folder} --reward REWARD --procedure {procedure}
 """
     if record.is_mixture:
-        names = (
-            "`vllm serve BASE --enable-lora --lora-modules aligned=../model`" if facts.adapter else "any such server"
+        # The way of vLLM; docs/rollouts.md says what it was tested with.
+        server = (
+            "    vllm serve BASE --enable-lora --lora-modules aligned=ADAPTER --port 8001\n" if facts.adapter else ""
         )
         text += f"""
-On a server it needs two model names and no more, base and aligned ({names}):
+On a server it needs two model names and no more, the base's and the aligned model's:
 
-    infalign serve --upstream http://127.0.0.1:8001/v1 --model-name BASE --aligned-name aligned \\
+{server}    infalign serve --upstream http://127.0.0.1:8001/v1 --model-name BASE --aligned-name aligned \\
         --aligned-weight {record.weight:.4g} --reward REWARD --procedure {procedure}
 
 Without infalign: send the request for each candidate to the aligned model with probability {record.weight:.4g},
