@@ -9,7 +9,9 @@ import pytest
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.frontier import frontier
+from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.results import MethodResult
+from infalign.procedures import BestOfN, Standard
 from infalign.report import figures
 from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, write_report
@@ -112,6 +114,14 @@ def test_plain_and_reshaped_are_one_family(results):
     assert len(lines) == 1, "the mixture has no plain form here"
     assert lines[0]["y"] == [results[at].of("Best-of-4").win_rate.estimate for at in (2, 1)]
     assert figures.styles_of(two_methods()) == figures.styles(["aware", "plain"]), "others look as they did"
+
+
+def test_predictability_is_never_taken_from_a_reshaped_policy(results):
+    procedures = [Standard(), BestOfN(4)]
+    limited, found = with_predictability(results, procedures)
+    assert found.policy == "plain"
+    assert limited[0].of("Best-of-4").predictable_limit is not None, "but its limit stands beside every policy"
+    assert with_predictability(results[:2], procedures) == (results[:2], None)
 
 
 def test_the_picture_has_them_too(results, tmp_path):

@@ -125,7 +125,7 @@ def with_predictability(
 
     Returns:
         The results, and the predictability with the policy it is from: identity where there is one, else the first
-        calibrated one. None where no policy was measured by single samples.
+        calibrated one. None where no policy was measured by single samples, reshaped ones aside.
     """
     source = _source(results, transforms)
     if source is None:
@@ -150,7 +150,12 @@ def _source(
     results: Sequence[MethodResult], transforms: Mapping[str, RewardTransform] | None
 ) -> tuple[MethodResult, RewardTransform] | None:
     """The policy that ρ is taken from, and what it was aligned with."""
-    usable = [one for one in results if any(entry.procedure == "Standard" for entry in one.procedures)]
+    # A reshaped policy hides what its model knows: it was made to win by many samples, not by one.
+    usable = [
+        one
+        for one in results
+        if one.reshaped is None and any(entry.procedure == "Standard" for entry in one.procedures)
+    ]
     if transforms is not None:
         usable = [one for one in usable if one.label in transforms]
         identity = [one for one in usable if isinstance(transforms[one.label], Identity)]
