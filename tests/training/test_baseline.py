@@ -82,7 +82,7 @@ def test_leave_one_out_of_one_is_refused():
     with pytest.raises(InputError, match="num_generations"):
         online.check_training(
             steps=1, prompts_per_step=4, num_generations=1, learning_rate=1e-3, baseline="leave-one-out", anneal=0.5,
-            max_new_tokens=2, lora=None, save_steps=1, rloo={},
+            max_new_tokens=2, lora=None, save_steps=1, rloo={}, tilt_cap=None,
         )  # fmt: skip
 
 
