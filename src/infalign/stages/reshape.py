@@ -338,9 +338,11 @@ def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> di
         splits = best_split(data, procedure, kl_budget=kl_budget)
         lines += _split_lines(splits)
         content["splits"] = [_split_dict(one) for one in splits[:_SPLITS_SHOWN]]
-    where = request.out or folder / "reshaped" / f"{name}-{procedure.label.lower()}-{kl_budget:g}"
-    write_policy(where, run.reference, run.policy_folder(name), choice.reshaping)
-    write_json(where / FILE, content)
+    where = run.policy_folder(name)
+    if choice.chosen or len(request.kinds) == 1:  # whoever names a kind gets it
+        where = request.out or folder / "reshaped" / f"{name}-{procedure.label.lower()}-{kl_budget:g}"
+        write_policy(where, run.reference, run.policy_folder(name), choice.reshaping)
+        write_json(where / FILE, content)
     lines.append(f"Policy: {where} (a model for infalign evaluate, decode, serve and audit)")
     return {"text": "\n".join(lines), **content, "policy": str(where)}
 
