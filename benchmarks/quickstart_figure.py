@@ -17,5 +17,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     content = json.loads((Path(sys.argv[1]) / "evaluation.json").read_text())
     results = [MethodResult.from_dict(entry) for entry in content["results"]]
-    panels = [frontier(results, procedure) for procedure in ("Best-of-4", "Worst-of-4")]
+    panels = [frontier(results, procedure) for procedure in ("Best-of-16", "Worst-of-16")]
     print(save_frontier_png(TARGET, panels))

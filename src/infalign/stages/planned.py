@@ -34,8 +34,8 @@ class PlannedTransform:
 
     @property
     def reshaped_name(self) -> str:
-        """What its reshaped policy is called, beside the plain model of this name."""
-        return f"{self.name}-{'reshaped' if self.mixture_weight == 1.0 else 'mixture'}"
+        """Name of its reshaped policy in tables; that of a model trained inside a mixture already says so."""
+        return self.name if self.mixture_weight < 1.0 else f"{self.name}-reshaped"
 
     @property
     def trained_weight(self) -> float | None:
