@@ -10,6 +10,7 @@ import pytest
 
 from infalign.errors import InputError
 from infalign.evaluation.record import Evaluation
+from infalign.evaluation.reshaped import read_fit
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe
 from infalign.report.build import report_data
@@ -107,11 +108,11 @@ def test_the_evaluation_records_how_each_reshaped_policy_was_made_and_what_it_to
     evaluation = Evaluation.read(out)
     made = {one.label: one.reshaped for one in evaluation.results}
     own = made["self-consistent-mixture"]
-    assert own.method == "self-consistent"
+    assert own.method == "self-consistent-mixture"
     assert own.trained_weight == json.loads((out / "plan.json").read_text())["transforms"][0]["mixture_weight"]
     assert own.procedure == "Best-of-4"
     assert made["identity"] is None
-    fitted = json.loads((out / "policies/self-consistent/reshaped/reshape.json").read_text())
+    fitted = json.loads((out / "policies/self-consistent-mixture/reshaped/reshape.json").read_text())
     assert own.predictions.to_dict() == fitted["reshaping"]["predictions"]
     assert own.alone_kl.estimate == fitted["plain"]["kl"]["estimate"]
     assert len(fitted["histogram"]["edges"]) == 41
@@ -143,7 +144,7 @@ def test_the_report_shows_them_with_the_training_of_the_mixture(finished):
 
 def test_the_cards_say_how_to_use_it_and_the_code_on_them_runs(finished, monkeypatch):
     out, *_ = finished
-    folder = out / "policies/self-consistent"
+    folder = out / "policies/self-consistent-mixture"
     own, part = ((folder / name / "README.md").read_text() for name in ("reshaped", "model"))
     assert "Not meant to be used alone" in part
     assert "The model is not evaluated alone" in part
@@ -201,6 +202,7 @@ def test_a_finished_run_is_reshaped_for_another_procedure_and_budget(finished, c
     content = json.loads(printed)
     assert content["reshaping"]["procedure"] == "Best-of-8"
     assert content["reshaping"]["predictions"]["kl"]["estimate"] <= 0.06
+    assert read_fit(tmp_path / "policy")["histogram"]["reference"], "the report of an evaluation draws it"
     policy = open_policy(tmp_path / "policy")
     assert isinstance(policy, MixturePolicy)
     assert policy.weights[0] == pytest.approx(content["reshaping"]["weights"][0])

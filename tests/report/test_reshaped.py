@@ -56,7 +56,7 @@ def test_cost_counts_rejected_tokens_and_all_candidates(results):
     mixture, reshaped = cost_rows(results)
     assert mixture.acceptance == "nothing is rejected"
     assert (mixture.per_response, mixture.per_answer) == ("12.5 (predicted 12.0)", "50")
-    assert "12.5% from the aligned model own" in mixture.made
+    assert "12.5% from the aligned model (own)" in mixture.made
     assert "trained inside a mixture with 25.0%" in mixture.made
     assert reshaped.acceptance == "42.0% (predicted 40.0%)"
     assert (reshaped.per_response, reshaped.per_answer) == ("29.0 (predicted 30.0)", "116")

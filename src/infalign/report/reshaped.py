@@ -53,12 +53,12 @@ def made_of(record: ReshapedRecord) -> str:
     """What a reshaped policy does, in words."""
     if record.is_mixture:
         inside = "" if record.trained_weight is None else f"; trained inside a mixture with {record.trained_weight:.1%}"
-        return (
-            f"mixture: {record.weight:.1%} from the aligned model {record.method}, the rest from the reference{inside}"
-        )
+        share = f"{record.weight:.1%} from the aligned model ({record.method})"
+        return f"mixture: {share}, the rest from the reference{inside}"
     inside = "" if record.trained_weight is None else f", which was trained as {record.trained_weight:.1%} of a mixture"
     return (
-        f"reshaped by the log-ratio of {record.method}{inside}: rejection from a mixture with {record.weight:.1%} of it"
+        f"reshaped by the log-ratio of the aligned model ({record.method}){inside}: rejection from a mixture with "
+        f"{record.weight:.1%} of it"
     )
 
 

@@ -333,7 +333,8 @@ def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> di
             report = [one for one in run.recipe.evaluation_procedures if one != procedure]
             choice = choose(data, goal, request.kinds, report, alone=planned[name].mixture_weight == 1.0)
     lines = [choice.reason, *_predicted_lines(choice.reshaping)]
-    content: dict[str, Any] = {"method": name, "kl_budget": kl_budget, "prompts": len(prompts), **choice.to_dict()}
+    about = {"method": name, "trained_weight": planned[name].trained_weight, "prompts": len(prompts)}
+    content: dict[str, Any] = {**about, "kl_budget": kl_budget, **choice.to_dict()}
     if request.split:
         splits = best_split(data, procedure, kl_budget=kl_budget)
         lines += _split_lines(splits)
@@ -342,7 +343,7 @@ def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> di
     if choice.chosen or len(request.kinds) == 1:  # whoever names a kind gets it
         where = request.out or folder / "reshaped" / f"{name}-{procedure.label.lower()}-{kl_budget:g}"
         write_policy(where, run.reference, run.policy_folder(name), choice.reshaping)
-        write_json(where / FILE, content)
+        write_json(where / FILE, {**content, "histogram": log_ratio_histogram(data)})
     lines.append(f"Policy: {where} (a model for infalign evaluate, decode, serve and audit)")
     return {"text": "\n".join(lines), **content, "policy": str(where)}
 
