@@ -110,7 +110,7 @@ class RunRewards:
                 "rollouts, the first is "
                 f"{prompt_ids[int(counts_P.argmin())]}",
                 where="reward",
-                hint="Mend the reward for their responses, or leave these prompts out",
+                hint="Fix the reward for their responses, or leave these prompts out",
             )
         for source, rewards_PK in zip(self.sources(), np.moveaxis(rewards_PKM, -1, 0), strict=True):
             first_P = rewards_PK[np.arange(len(rewards_PK)), scored_PK.argmax(axis=1)]

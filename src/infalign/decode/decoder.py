@@ -169,7 +169,7 @@ class Decoder:
             One answer per prompt, in their order.
 
         Raises:
-            InfalignError: The first that befell a prompt, of those that `decode_each` names. Use that to keep the
+            InfalignError: The first of a prompt, of those that `decode_each` names. Use that to keep the
                 answers of the others.
         """
         answers: list[Decoded] = []
@@ -303,7 +303,7 @@ class Decoder:
                 f"{len(unscored)} of {counted(len(candidates), 'candidate')} for prompt {task.prompt.id} could "
                 f"not be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
-                hint=f"Mend the reward: {part.label} is a matter of ranks, and needs every candidate's",
+                hint=f"Fix the reward: {part.label} is a matter of ranks, and needs every candidate's",
             )
         good = any(self._good_enough(part, one) for one in candidates)
         if task.blocks and not good:

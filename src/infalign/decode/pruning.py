@@ -122,7 +122,7 @@ class PruningDecoder(Decoder):
                 f"{len(unscored)} of {counted(len(scored), 'candidate')} for prompt {task.prompt.id} could not "
                 f"be scored ({unscored[0].error or 'no reason given'})",
                 where=str(self.reward),
-                hint="Mend the reward: it must be able to judge beginnings as well",
+                hint="Fix the reward: it must be able to judge beginnings as well",
             )
         ended = [one for one in task.candidates if one.finish_reason != REJECTED]
         # Those that have ended cost nothing more, so they stay; they count among the best, and so reject others.

@@ -1,4 +1,4 @@
-"""From YAML text to a recipe: overrides, absolute paths, and mistakes told in words."""
+"""From YAML text to a recipe: overrides, absolute paths, and mistakes as plain messages."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def sample_on_cluster(
         except ray.exceptions.RayError as error:
             reason = str(error).strip().rsplit("\n", maxsplit=1)[-1]
             raise ClusterError(f"the cluster stopped after {counted(drawn, 'rollout')} ({reason})", where=str(store),
-                               hint="Mend that and start again: only what is missing is drawn") from error  # fmt: skip
+                               hint="Fix that and start again: only what is missing is drawn") from error  # fmt: skip
     return drawn
 
 

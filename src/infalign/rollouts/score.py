@@ -96,7 +96,7 @@ def score_store(
                     f"({scores.errors[first] or 'no reason given'}; "
                     f"first here: rollout {indices[rows[first]]} of prompt {owners[first].id})",
                     where=str(source),
-                    hint="Mend the reward, or leave out the prompts it cannot judge; what is scored is kept",
+                    hint="Fix the reward, or leave out the prompts it cannot judge; what is scored is kept",
                 )
             speed = f"{scored_now / max(time.monotonic() - started, 1e-9):,.0f} rollouts/s"
             report(done, len(mine), f"{speed}, {unscored} unscored" if unscored else speed)

@@ -363,7 +363,7 @@ class RolloutStore:
             raise InputError(
                 f"{len(unscored)} of {counted(values_PK.size, 'rollout')} could not be scored, the first is {at}",
                 where=str(self.path),
-                hint="Mend the reward and score again, or leave these prompts out",
+                hint="Fix the reward and score again, or leave these prompts out",
             )
         return values_PK
 

@@ -58,7 +58,7 @@ class Batcher(Generic[Item, Result]):
     A batch that fails is tried again item by item, so that one bad item does not take others with it.
 
     Args:
-        work: Takes a batch; gives one result per item, in order, or the exception that befell that item.
+        work: Takes a batch; gives one result per item, in order, or the exception of that item.
         capacity: Most items taken in and not finished.
         max_batch: Most items per batch.
         workers: Batches under way at the same time; `work` must then be safe to call from several threads.
