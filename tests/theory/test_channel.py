@@ -289,3 +289,24 @@ def test_the_table_of_n_names_the_k_that_is_enough():
     (worst,) = gains_by_n(ia.WorstOfN, 0.5, 0.6, sizes=(64,))
     assert worst.ideal_limit is None
     assert worst.limit == pytest.approx(0.910, abs=1e-3)
+
+
+def test_tiny_kls_are_on_the_root_that_the_curve_starts_with():
+    """W - 1/2 = c sqrt(KL) near 0: never below what a little policy reaches."""
+    limit = ia.limit(ia.BestOfN(16), [0.0, 1e-12, 4e-10, 1e-8], predictability=0.5)
+    assert limit[1:] - 0.5 == pytest.approx((limit[3] - 0.5) * np.sqrt([1e-4, 0.04, 1.0]), rel=1e-3)
+    assert limit[0] == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("predictability", [0.5, 1.0])
+def test_a_policy_that_does_not_move_is_no_plan(predictability):
+    with pytest.raises(ia.InputError, match="leaves the policy at the reference"):
+        ia.plan(ia.BestOfN(4), beta=1e10, predictability=predictability)
+    with pytest.raises(ia.InputError, match="lost in rounding"):
+        ia.plan(ia.BestOfN(4), kl_budget=5e-12, predictability=predictability)
+
+
+def test_where_nothing_can_be_solved_that_is_said():
+    """h of early stopping jumps."""
+    with pytest.raises(ia.InputError, match="too sharp to be resolved"):
+        ia.limit(ia.EarlyStopping(12, 0.8), 0.5, predictability=0.7)

@@ -124,3 +124,16 @@ def test_a_prompt_with_one_level_has_nothing_to_win(procedure):
     both = ia.limit(procedure, [0.05, 0.1], levels=[[0.5, 0.5], [1.0, 0.0]])
     assert both == pytest.approx(0.25 + one / 2, abs=2e-6)
     assert ia.limit(procedure, [0.1, 0.2], levels=[0.5, 0.0, 0.5]) == pytest.approx(one, abs=1e-9)
+
+
+@pytest.mark.parametrize("short_of", [0.0, 1e-16, 4e-15, 1e-13])
+def test_the_limit_at_the_largest_kl_is_that_of_the_best_level(short_of):
+    """A KL that differs from log(1/p) by rounding: the policy gives the best level always."""
+    limit = ia.limit(ia.WorstOfN(4), np.log(1 / 0.17) - short_of, levels=[0.83, 0.17])
+    # v of the upper level is the mean of H(0.83) and 1, with H(q) = 1 - (1 - q)^4.
+    assert float(limit) == pytest.approx(1.0 - 0.5 * 0.17**4, abs=1e-6)
+
+
+def test_ragged_levels_are_refused():
+    with pytest.raises(ia.InputError, match="equally many levels for every prompt"):
+        ia.limit(ia.BestOfN(4), 0.5, levels=[[0.5, 0.5], [0.2, 0.3, 0.5]])

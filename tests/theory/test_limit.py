@@ -191,3 +191,10 @@ def test_no_policy_that_can_be_written_down_lies_above_the_limit(procedure, oppo
     limits = ia.limit(procedure, [max(kl, 0.0) for kl, _ in policies], opponent)
     for (kl, win_rate), most in zip(policies, limits, strict=True):
         assert win_rate <= most + 2e-6, (kl, win_rate, most)
+
+
+def test_a_curve_that_ends_early_is_no_limit():
+    """h of early stopping jumps. Beyond the last optimum that was found the limit must not be called flat."""
+    procedure, opponent = ia.EarlyStopping(7, 0.5264604411551874), ia.BestOfN(64)
+    with pytest.raises(ia.InputError, match="where the limit still rises"):
+        ia.limit(procedure, 2.0, opponent)

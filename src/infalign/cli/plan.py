@@ -95,7 +95,8 @@ def _print(result: Plan, *, hint: bool) -> None:
     label, best = result.procedure.label, result.best
     against = label if result.opponent is None else result.opponent.label
     console.print(f"{label} on the aligned model against {against} on the reference", markup=False)
-    console.print(f"Spend {best.kl:.4f} nats of KL on the optimal transform with beta {best.beta:.5g}", markup=False)
+    spent = f"{best.kl:.4f}" if best.kl >= 0.01 else f"{best.kl:.4g}"
+    console.print(f"Spend {spent} nats of KL on the optimal transform with beta {best.beta:.5g}", markup=False)
     _print_levels(console, result)
     options = (best, *result.alternatives)
     rows: list[list[str]] = []

@@ -22,6 +22,7 @@ from infalign.errors import InputError
 from infalign.procedures.base import InferenceProcedure, whole_number
 from infalign.procedures.order_statistics import OrderStatistic
 from infalign.quadrature import Array, unit_interval
+from infalign.wording import counted
 
 _DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _FOLDS = 5
@@ -81,7 +82,11 @@ class FittedProcedure(InferenceProcedure):
         """
         values = unit_interval(ranks, "from_ranks", "Calibrate the rewards first").ravel()
         if values.size < 20:
-            raise InputError(f"{values.size} ranks are too few", where="from_ranks", hint="Give at least 20")
+            raise InputError(
+                f"{counted(values.size, 'rank')} {'is' if values.size == 1 else 'are'} too few",
+                where="from_ranks",
+                hint="Give at least 20",
+            )
         if num_ref is None:
             distinct = np.unique(values).size
             if distinct < 5:

@@ -15,18 +15,40 @@ SMALLEST_KL = 1e-11
 """Below it, rounding keeps a KL from being met to 1e-6 relative."""
 
 
-def checked_kl(kl: float) -> float:
+def checked_kl(kl: float, smallest: float = SMALLEST_KL) -> float:
     """A KL budget that can be met.
+
+    Args:
+        kl: In nats.
+        smallest: The least that is not lost in rounding.
 
     Raises:
         InputError: If it is not a positive number, or too small.
     """
     kl = positive_number(kl, "kl_budget", "Give nats above 0")
-    if kl < SMALLEST_KL:
+    if kl < smallest:
         raise InputError(
-            f"a KL of {kl:g} nats is lost in rounding", where="kl_budget", hint=f"Give {SMALLEST_KL:g} nats or more"
+            f"a KL of {kl:g} nats is lost in rounding", where="kl_budget", hint=f"Give {smallest:g} nats or more"
         )
     return kl
+
+
+def check_moves(kl: float, beta: float) -> None:
+    """Refuse a beta so large that the policy does not leave the reference.
+
+    Args:
+        kl: KL of its policy, in nats.
+        beta: The coefficient.
+
+    Raises:
+        InputError: If the KL is lost in rounding.
+    """
+    if kl < SMALLEST_KL:
+        raise InputError(
+            f"beta = {beta:g} leaves the policy at the reference: its KL is below {SMALLEST_KL:g} nats",
+            where="beta",
+            hint="Use a smaller beta",
+        )
 
 
 def beta_for_kl(kl_of: Callable[[float], float], kl: float, smallest: float, whose: str) -> float:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard, WorstOfN
+from infalign.theory.beta_for_kl import checked_kl
 from infalign.theory.channel import SMALLEST_BETA, ChannelOptimum, check_predictability, ideal, of_solved
 from infalign.theory.channel_solver import Grid, Policy, Solved, solve
 from infalign.theory.winrate import Objective
@@ -20,6 +21,8 @@ Array = npt.NDArray[np.float64]
 _LARGEST_BETA = 1e6
 _MILD_BETA = 1e3
 _KL_TOLERANCE = 1e-9
+_TINY_KL = 1e-9
+_SMALLEST_KL = 1e-10
 _FLAT_BETA = 2e-5
 """From there on the limit rises by less than that for every further nat."""
 
@@ -149,7 +152,7 @@ def channel_optimum_at_kl(
         from infalign.theory.plan import optimum_at_kl
 
         return ideal(optimum_at_kl(procedure, kl, opponent))
-    kl = positive_number(kl, "kl_budget", "Give nats above 0")
+    kl = checked_kl(kl, _SMALLEST_KL)
     less, more = Path(Objective.of(procedure, opponent), predictability).checked(kl)
     if less is not more and less.problem.beta > more.problem.beta * (1 + 1e-9):
         raise InputError(
@@ -197,11 +200,14 @@ def channel_limit(
 
 
 def _limit_at(path: Path, kl: float) -> float:
-    if kl < 1e-9:
-        return _unaligned(path)
+    if kl < _TINY_KL:  # W rises with sqrt(KL) there; the KL itself is lost in rounding
+        unaligned = _unaligned(path)
+        return unaligned + (_limit_at(path, _TINY_KL) - unaligned) * math.sqrt(kl / _TINY_KL)
     try:
         less, more = path.checked(kl)
     except InputError:
+        if not path.known:
+            raise
         last = path.at(min(path.known))
         if last.policy.kl < kl and last.problem.beta <= _FLAT_BETA:
             return last.policy.win_rate(path.objective)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard
+from infalign.theory.beta_for_kl import check_moves
 from infalign.theory.channel import ChannelPolicy, channel_optimum
 from infalign.theory.channel_path import channel_optimum_at_kl
 from infalign.theory.finite_k import FiniteKPrediction
@@ -26,6 +27,7 @@ def plan_in_channel(
     """See `infalign.plan`; exactly one of beta and kl_budget is given, and the rest is checked."""
     if beta is not None:
         optimum = channel_optimum(procedure, beta, predictability, opponent)
+        check_moves(optimum.kl, optimum.beta)
     else:
         assert kl_budget is not None
         optimum = channel_optimum_at_kl(procedure, kl_budget, predictability, opponent)

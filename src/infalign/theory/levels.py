@@ -88,7 +88,14 @@ class LevelOptima:
     smallest_beta = SMALLEST_BETA
 
     def __init__(self, objective: Objective, levels: npt.ArrayLike) -> None:
-        masses = np.atleast_2d(np.asarray(levels, dtype=np.float64))
+        try:
+            masses = np.atleast_2d(np.asarray(levels, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                "not a table of numbers with equally many levels for every prompt",
+                where="levels",
+                hint="Give (L,) or (P, L) masses; fill rows that have fewer levels with zeros",
+            ) from error
         if masses.ndim != 2 or not masses.size or not (np.isfinite(masses).all() and masses.min() >= 0):
             raise InputError("a mass is negative or not finite", where="levels", hint="Give (L,) or (P, L) masses")
         if np.abs(masses.sum(axis=1) - 1.0).max() > 1e-6:

@@ -18,7 +18,7 @@ from infalign.errors import InputError
 from infalign.procedures import BestOfN, InferenceProcedure, Standard, WorstOfN, check_is_procedure
 from infalign.theory.alternatives import named_tilts
 from infalign.theory.at_kl import solution_at_kl
-from infalign.theory.beta_for_kl import checked_kl
+from infalign.theory.beta_for_kl import check_moves, checked_kl
 from infalign.theory.channel import ChannelPolicy
 from infalign.theory.envelope import Envelope, envelope_of
 from infalign.theory.finite_k import FiniteKPrediction, check_num_ref, finite_k_prediction
@@ -214,6 +214,7 @@ def plan(
     named = None
     if beta is not None:
         optimum = optimal_transform(procedure, beta, opponent)
+        check_moves(optimum.kl, optimum.beta)
     elif unique:
         optimum = optimum_at_kl(procedure, cast(float, kl_budget), opponent)
     else:  # inside a jump the named transforms are starts too, so that none of them can be better
@@ -293,7 +294,8 @@ def limit(
         won all but 2e-9 there.)
 
     Raises:
-        InputError: If a KL is negative or not finite, or the levels are not masses.
+        InputError: If a KL is negative or not finite, the levels are not masses, or no optimum is found where the
+            limit still rises.
     """
     if predictability != 1.0:
         from infalign.theory.channel_path import channel_limit
