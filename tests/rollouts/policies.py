@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infalign.data import Prompt
-from infalign.rollouts.mixture import log_mixture
+from infalign.reshape.reshaping import log_mixture
 from infalign.testbed.toy import random_llama
 from tests.training.enumerable import TOKENS, enumerate_responses
 
@@ -41,7 +41,7 @@ class Bounded:
     def log_bound(self) -> float:
         # Between its corners log g − log(1 − ε + ε e^l) has no inner maximum that this grid could miss by 1e-6.
         grid = np.linspace(-60, 60, 120_001)
-        return float((self.log_density(grid) - log_mixture(grid, [self.mixture_weight])).max()) + 1e-6
+        return float((self.log_density(grid) - log_mixture((self.mixture_weight,), grid)).max()) + 1e-6
 
     def to_dict(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high, "slope": self.slope, "mixture_weight": self.mixture_weight}

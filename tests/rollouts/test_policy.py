@@ -12,9 +12,10 @@ import torch
 from scipy.stats import chi2
 
 from infalign.errors import InputError, MismatchError
+from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.key import model_fingerprint
-from infalign.rollouts.mixture import MixturePolicy, log_mixture
+from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.opening import PolicyOpener, open_policies, open_policy, save_policy
 from infalign.rollouts.policy import LocalPolicy, UnfinishedError
@@ -190,11 +191,11 @@ def test_a_mixture_of_several(pair, tmp_path):
 
 
 def test_log_mixture_is_stable():
-    np.testing.assert_allclose(log_mixture(np.array([-1e6, 0.0, 1e6]), [0.25]), [np.log(0.75), 0, 1e6 + np.log(0.25)],
+    np.testing.assert_allclose(log_mixture((0.25,), np.array([-1e6, 0.0, 1e6])), [np.log(0.75), 0, 1e6 + np.log(0.25)],
                                atol=1e-12)  # fmt: skip
-    np.testing.assert_allclose(log_mixture(np.array([[0.0, 1.0]]), [0.2, 0.3]), np.log(0.7 + 0.3 * np.e))
-    np.testing.assert_allclose(log_mixture(np.array([3.0, -3.0]), [0.0]), 0)
-    np.testing.assert_allclose(log_mixture(np.array([3.0, -3.0]), [1.0]), [3, -3])
+    np.testing.assert_allclose(log_mixture((0.2, 0.3), np.array([[0.0, 1.0]])), np.log(0.7 + 0.3 * np.e))
+    np.testing.assert_allclose(log_mixture((0.0,), np.array([3.0, -3.0])), 0)
+    np.testing.assert_allclose(log_mixture((1.0,), np.array([3.0, -3.0])), [3, -3])
 
 
 # --- reshaped policies ------------------------------------------------------------------------------------------------

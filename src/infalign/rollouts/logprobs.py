@@ -231,17 +231,28 @@ def log_ratios(
     Raises:
         InputError: As there; or the prompts differ in their number of responses.
     """
+    prompt_ids_list, completion_ids_list, shape = flat_responses(tokenizer, prompts, token_ids_PG)
+    log_ratio_B, kl_B = sequence_log_ratios(
+        policy, ref, tokenizer, prompt_ids_list, completion_ids_list, batch_size, progress
+    )
+    return LogRatios(log_ratio_B.reshape(shape), kl_B.reshape(shape))
+
+
+def flat_responses(
+    tokenizer: Any, prompts: Sequence[Prompt], token_ids_PG: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[list[int]], list[Sequence[int]], tuple[int, int]]:
+    """B = P·G prompts and responses as token ids, and the shape (P, G).
+
+    Raises:
+        InputError: The prompts differ in their number of responses.
+    """
     counts = {len(responses) for responses in token_ids_PG}
     if len(token_ids_PG) != len(prompts) or len(counts) != 1:
         raise InputError(f"{len(prompts)} prompts, but responses for {len(token_ids_PG)} with {sorted(counts)} each",
                          where="log_ratios", hint="Give the same number of responses for every prompt")  # fmt: skip
     (per_prompt,) = counts
     prompt_ids_list = [ids for ids in prompt_token_ids(tokenizer, prompts) for _ in range(per_prompt)]
-    completion_ids_list = [ids for responses in token_ids_PG for ids in responses]
-    log_ratio_B, kl_B = sequence_log_ratios(
-        policy, ref, tokenizer, prompt_ids_list, completion_ids_list, batch_size, progress
-    )
-    return LogRatios(log_ratio_B.reshape(-1, per_prompt), kl_B.reshape(-1, per_prompt))
+    return prompt_ids_list, [ids for responses in token_ids_PG for ids in responses], (len(prompts), per_prompt)
 
 
 @dataclass(frozen=True)

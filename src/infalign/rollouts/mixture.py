@@ -113,18 +113,6 @@ class MixturePolicy(Policy):
         return np.logaddexp.reduce(np.log([weight for weight, _ in used])[:, None] + logprob_CB, axis=0)
 
 
-def log_mixture(log_ratios: Float, weights: Sequence[float]) -> Float:
-    """Log density of a mixture relative to its base, log(1 − Σε + Σ_m ε_m e^{l_m}), stable for any log-ratios.
-
-    Args:
-        log_ratios: Log q_m(y) − log p(y): any shape for one aligned policy, shape (…, M) for M > 1 of them.
-        weights: ε_m.
-    """
-    from infalign.reshape.reshaping import log_mixture as of_weights
-
-    return of_weights(tuple(weights), np.asarray(log_ratios, dtype=np.float64))
-
-
 def opened_together(base: Any, aligned: Sequence[Any]) -> tuple[Policy, list[Policy]]:
     """Policies as they are, and the others opened, with one base in memory where adapters share it."""
     if isinstance(base, Policy) and all(isinstance(one, Policy) for one in aligned):

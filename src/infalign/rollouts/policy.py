@@ -26,7 +26,7 @@ from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.batches import Missing, draw_all, missing_rollouts, require_fit, require_key
 from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
-from infalign.rollouts.logprobs import LogRatios, Scoring, mixture_log_ratios, sequence_logprobs
+from infalign.rollouts.logprobs import LogRatios, Scoring, flat_responses, mixture_log_ratios, sequence_logprobs
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
@@ -222,23 +222,6 @@ class Policy(ABC):
             *(prompt_ids_list, completion_ids_list, batch_size, progress),
         )
         return LogRatios(log_ratio_B.reshape(shape), kl_B.reshape(shape))
-
-
-def flat_responses(
-    tokenizer: Any, prompts: Sequence[Prompt], token_ids_PG: Sequence[Sequence[Sequence[int]]]
-) -> tuple[list[list[int]], list[Sequence[int]], tuple[int, int]]:
-    """B = P·G prompts and responses as token ids, and the shape (P, G).
-
-    Raises:
-        InputError: The prompts differ in their number of responses.
-    """
-    counts = {len(responses) for responses in token_ids_PG}
-    if len(token_ids_PG) != len(prompts) or len(counts) != 1:
-        raise InputError(f"{len(prompts)} prompts, but responses for {len(token_ids_PG)} with {sorted(counts)} each",
-                         where="log_ratios", hint="Give the same number of responses for every prompt")  # fmt: skip
-    (per_prompt,) = counts
-    prompt_ids_list = [ids for ids in prompt_token_ids(tokenizer, prompts) for _ in range(per_prompt)]
-    return prompt_ids_list, [ids for responses in token_ids_PG for ids in responses], (len(prompts), per_prompt)
 
 
 # --- a model in this process ----------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import numpy as np
 
 from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
+from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
 from infalign.rollouts.fill import response_token_ids
 from infalign.rollouts.key import RolloutKey, combined_fingerprint
-from infalign.rollouts.logprobs import LogRatios
-from infalign.rollouts.mixture import MixturePolicy, log_mixture
-from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError, flat_responses
+from infalign.rollouts.logprobs import LogRatios, flat_responses
+from infalign.rollouts.mixture import MixturePolicy
+from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
@@ -222,7 +223,7 @@ class ReshapedPolicy(Policy):
         names = [name.split() for name in rows["prompt_id"]]
         places = [asked[at] for at, _ in names]
         log_ratios = self._log_ratios_of(part, rows, [a.one for a in places])
-        log_mixture_B = log_mixture(log_ratios, self.proposal.weights)
+        log_mixture_B = log_mixture(self.proposal.weights, log_ratios)
         log_weight_B = np.asarray(self.reshaping.log_density(log_ratios), dtype=np.float64) - log_mixture_B
         log_chance_B = log_weight_B - self.reshaping.log_bound
         if np.isnan(log_chance_B).any():

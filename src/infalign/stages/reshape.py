@@ -7,7 +7,7 @@ predicts more than the aligned model alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Goal, Reshaping, ReshapingData, Split, best_split, fit_reshaping_to, predict_reshaping
 from infalign.reshape.histogram import log_ratio_histogram
-from infalign.rollouts.policy import Policy, flat_responses
+from infalign.rollouts.logprobs import flat_responses
+from infalign.rollouts.policy import Policy
 from infalign.rollouts.policy_file import MIXTURE, RESHAPED, PolicyFile, write_policy_file
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
@@ -177,12 +178,13 @@ def reshaping_data(run: Run, name: str, prompts: PromptSet, num_samples: int, pr
     def told(done: int) -> None:
         progress(done, 2 * len(prompts), "log-probabilities")
 
-    ref_ratios = _log_ratios(aligned, reference, ref_store, prompts, num_ref, known="reference", told=told)
-    own_ratios = _log_ratios(
-        *(aligned, reference, own_store, prompts, num_samples),
-        known="aligned",
-        told=lambda done: told(len(prompts) + done),
-    )
+    def told_later(done: int) -> None:
+        told(len(prompts) + done)
+
+    ref_ratios = _logprobs(aligned, ref_store, prompts, num_ref, told)
+    ref_ratios -= _logprobs(reference, ref_store, prompts, num_ref, told, drew=True)
+    own_ratios = _logprobs(aligned, own_store, prompts, num_samples, told_later, drew=True)
+    own_ratios -= _logprobs(reference, own_store, prompts, num_samples, told_later)
     return ReshapingData.from_rewards(
         _picked(ref_ratios, ref.scored_PK),
         _picked(ref.rewards_PK, ref.scored_PK),
@@ -217,34 +219,26 @@ def _side(run: Run, store: RolloutStore, prompts: PromptSet, count: int) -> _Sid
     return _Side(rewards_PK, scored_PK, lengths_PK)
 
 
-def _log_ratios(
-    aligned: Policy,
-    reference: Policy,
+def _logprobs(
+    policy: Policy,
     store: RolloutStore,
     prompts: Sequence[Prompt],
     count: int,
+    told: Callable[[int], None],
     *,
-    known: str,
-    told: Any,
+    drew: bool = False,
 ) -> Float:
-    """Log q − log p of each rollout, (P, K); the log-probability that its sampler told is not computed again."""
+    """Log-probability of each rollout under one policy, (P, K), in nats; what it told as it `drew` them is kept."""
     ids = [prompt.id for prompt in prompts]
     token_ids_PK = store.lists_PK("token_ids", ids, count)
-    stored_PK = store.column_PK("logprob", ids, count)
-    out_PK = np.empty((len(ids), count))
+    stored = store.column_PK("logprob", ids, count) if drew else np.full((len(ids), count), np.nan)
+    out_PK = np.asarray(stored, dtype=np.float64).copy()
     for start in range(0, len(ids), _PROMPTS_AT_ONCE):
         part = slice(start, start + _PROMPTS_AT_ONCE)
-        prompt_ids, responses, shape = flat_responses(aligned.tokenizer, prompts[part], token_ids_PK[part])
-        stored = np.array([[np.nan if value is None else value for value in row] for row in stored_PK[part]], float)
-
-        def logprobs(policy: Policy, name: str, stored: Float = stored, given: Any = (prompt_ids, responses)) -> Float:
-            if name == known and np.isfinite(stored).all():
-                return stored
-            return policy.logprobs(*given).reshape(stored.shape)
-
-        out_PK[part] = logprobs(aligned, "aligned") - logprobs(reference, "reference")
-        assert out_PK[part].shape == shape
-        told(min(start + _PROMPTS_AT_ONCE, len(ids)))
+        if not np.isfinite(out_PK[part]).all():
+            prompt_ids, responses, shape = flat_responses(policy.tokenizer, prompts[part], token_ids_PK[part])
+            out_PK[part] = policy.logprobs(prompt_ids, responses).reshape(shape)
+            told(min(start + _PROMPTS_AT_ONCE, len(ids)))
     return out_PK
 
 

@@ -12,7 +12,8 @@ from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure, Standard, WorstOfN
 from infalign.theory.beta_for_kl import checked_kl
 from infalign.theory.channel import SMALLEST_BETA, ChannelOptimum, check_predictability, ideal, of_solved
-from infalign.theory.channel_solver import Grid, Policy, Solved, solve
+from infalign.theory.channel_solver import Solved, solve
+from infalign.theory.envelope import FLAT_BETA
 from infalign.theory.winrate import Objective
 from infalign.transforms import positive_number
 
@@ -23,8 +24,6 @@ _MILD_BETA = 1e3
 _KL_TOLERANCE = 1e-9
 _TINY_KL = 1e-9
 _SMALLEST_KL = 1e-10
-_FLAT_BETA = 2e-5
-"""From there on the limit rises by less than that for every further nat."""
 
 
 @dataclass
@@ -201,7 +200,7 @@ def channel_limit(
 
 def _limit_at(path: Path, kl: float) -> float:
     if kl < _TINY_KL:  # W rises with sqrt(KL) there; the KL itself is lost in rounding
-        unaligned = _unaligned(path)
+        unaligned = path.objective.reference_win_rate
         return unaligned + (_limit_at(path, _TINY_KL) - unaligned) * math.sqrt(kl / _TINY_KL)
     try:
         less, more = path.checked(kl)
@@ -209,16 +208,10 @@ def _limit_at(path: Path, kl: float) -> float:
         if not path.known:
             raise
         last = path.at(min(path.known))
-        if last.policy.kl < kl and last.problem.beta <= _FLAT_BETA:
+        if last.policy.kl < kl and last.problem.beta <= FLAT_BETA:
             return last.policy.win_rate(path.objective)
         raise
     return _envelope(less, more, kl)
-
-
-def _unaligned(path: Path) -> float:
-    """The win rate of the reference itself."""
-    grid = Grid.first(path.predictability)
-    return Policy.of(grid, np.zeros_like(grid.s)).win_rate(path.objective)
 
 
 def _envelope(less: Solved, more: Solved, kl: float) -> float:
@@ -273,7 +266,7 @@ def _curve(path: Path, max_kl: float, num_points: int) -> list[tuple[float, floa
     furthest = math.sqrt(positive_number(max_kl, "max_kl", "Give nats above 0"))
     spacing = furthest / (num_points - 1)
     near_reference = path.at(_MILD_BETA).policy
-    points = [(0.0, _unaligned(path), math.inf)]
+    points = [(0.0, path.objective.reference_win_rate, math.inf)]
     # Near KL = 0, sqrt(KL) = c/β; from there on the step in log β follows the slope of sqrt(KL) seen last.
     log_beta = math.log(_MILD_BETA * math.sqrt(near_reference.kl) / (0.3 * spacing))
     for _ in range(4 * num_points):

@@ -27,7 +27,7 @@ _TOP_KL = 1e-8
 _ERROR = 3e-7
 _CHORD = 1e-10
 _MAX_SPLITS = 40
-_FLAT_BETA = 2e-5  # from there on the limit rises by less than that for every further nat
+FLAT_BETA = 2e-5  # from there on the limit rises by less than that for every further nat
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Envelope:
     def value_and_slope(self, kl: float) -> tuple[float, float]:
         """The limit at one KL and its slope there, β."""
         left, right, straight = self.enclosing(kl)
-        if kl > right.kl and right.beta > _FLAT_BETA and self.optima.end is None:
+        if kl > right.kl and right.beta > FLAT_BETA and self.optima.end is None:
             raise InputError(
                 f"no optimum was found beyond {right.kl:.4g} nats, where the limit still rises",
                 where="limit",
