@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,11 @@ def testbed_text(recipe: Recipe) -> tuple[list[Example], list[Pair]]:
 
 
 def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """Training prompts and evaluation prompts, without overlap.
+    """Training prompts and evaluation prompts, without overlap, each in a random order that the seed decides.
+
+    Files are often sorted. The first rows of one, or the first quarter of the training prompts, which no update sees,
+    would then be other prompts than the rest. In a random order every part is like the whole. The testbed's prompts are
+    those that its reference was not trained on.
 
     Raises:
         InputError: If a file or column is missing, a prompt is empty, or two given files overlap.
@@ -46,17 +51,19 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     settings = recipe.prompts
     if settings.source is None:
         examples, _ = testbed_text(recipe)
-        train = _unique(Prompt(e.prompt) for e in examples if not e.held_out)
-        seen = {prompt.id for prompt in train}
-        evaluation = [p for p in _unique(Prompt(e.prompt) for e in examples if e.held_out) if p.id not in seen]
-        return PromptSet(tuple(train[: settings.train])), PromptSet(tuple(evaluation[: settings.evaluation]))
+        demonstrated = {Prompt(e.prompt).id for e in examples if not e.held_out}
+        found = PromptSet(tuple(p for p in _unique(Prompt(e.prompt) for e in examples) if p.id not in demonstrated))
+        fresh = _shuffled(found, recipe.seed)
+        return fresh[settings.evaluation :][: settings.train], fresh[: settings.evaluation]
     one_file = settings.evaluation_source is None
     held_out = settings.held_out if one_file else None
     common: dict[str, Any] = {"column": settings.column, "split": settings.split, "held_out": held_out}
-    train = _short(load_prompts(settings.source, **common), recipe)[: settings.train]
+    train = _short(load_prompts(settings.source, **common), recipe)
     evaluation_source = settings.evaluation_source or settings.source
     side: Literal["train", "held_out"] = "held_out" if one_file else "train"
-    evaluation = _short(load_prompts(evaluation_source, **common, side=side), recipe)[: settings.evaluation]
+    evaluation = _short(load_prompts(evaluation_source, **common, side=side), recipe)
+    train = _shuffled(train, recipe.seed)[: settings.train]
+    evaluation = _shuffled(evaluation, recipe.seed)[: settings.evaluation]
     overlap = set(train.ids) & set(evaluation.ids)
     if overlap:
         raise InputError(
@@ -81,7 +88,8 @@ def prompts_fingerprint(recipe: Recipe) -> Any:
     settings = recipe.prompts
     if settings.source is None:
         return {"testbed": testbed_fingerprint(recipe), "seed": recipe.seed}
-    return [source_fingerprint(source) for source in (settings.source, settings.evaluation_source) if source]
+    sources = [source_fingerprint(source) for source in (settings.source, settings.evaluation_source) if source]
+    return {"sources": sources, "seed": recipe.seed}
 
 
 def source_fingerprint(source: str) -> str:
@@ -111,6 +119,15 @@ def _short(prompts: PromptSet, recipe: Recipe) -> PromptSet:
             hint="Raise it",
         )
     return PromptSet(kept, prompts.duplicates)
+
+
+def _shuffled(prompts: PromptSet, seed: int) -> PromptSet:
+    """In the order of a hash: which prompts come first depends on the seed, and not on the other prompts."""
+
+    def place(prompt: Prompt) -> bytes:
+        return hashlib.sha256(f"{seed}:{prompt.id}".encode()).digest()
+
+    return PromptSet(tuple(sorted(prompts, key=place)), prompts.duplicates)
 
 
 def _unique(prompts: Iterable[Prompt]) -> list[Prompt]:

@@ -122,7 +122,7 @@ def test_standard_library(examples):
     assert all(e.prompt.startswith(e.source + "(") and e.prompt.endswith(")\n") for e in examples)
     assert all(json.loads(json.dumps(asdict(e))) == asdict(e) for e in examples)
     share = sum(e.held_out for e in examples) / len(examples)
-    assert 0.08 < share < 0.16  # the hash is fixed: this moves only with the Python version
+    assert 0.21 < share < 0.28  # the hash is fixed: this moves only with the Python version
     completions = [e.completion.casefold() for e in examples]
     assert len(set(completions)) == len(completions)  # so none is in both parts
 

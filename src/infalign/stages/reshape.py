@@ -107,9 +107,12 @@ def choose(
     """
     fits = [fit_reshaping_to(data, goal, kind=kind, report=report) for kind in kinds]  # pyright: ignore[reportArgumentType]
     best, label = fits[0], goal.procedure.label
+    # One price of KL for all, that of the widest family: where they meet one budget, the win rates decide.
+    beta = fits[-1].beta or 0.0
     for other in fits[1:]:
         assert other.predictions is not None, "a fit predicts"
-        if _objective(other, label) > _objective(best, label) + other.predictions.win_rates[label].standard_error:
+        error = other.predictions.win_rates[label].standard_error
+        if _objective(other, label, beta) > _objective(best, label, beta) + error:
             best = other
     own = predict_reshaping(data, Reshaping.mixture(1.0), [goal.procedure], opponent=goal.opponent)
     plain = {"kl": own.kl.to_dict(), "win_rate": own.win_rates[label].to_dict()}
@@ -124,17 +127,16 @@ def choose(
     alone_told = f"the model alone {100 * own.win_rates[label].estimate:.1f} % at {own.kl.estimate:.3f} nats"
     if not alone:
         return Choice(best, plain, True, told)
-    beta = best.beta or 0.0
-    gain = _objective(best, label) - (own.win_rates[label].estimate - beta * own.kl.estimate)
+    gain = _objective(best, label, beta) - (own.win_rates[label].estimate - beta * own.kl.estimate)
     if gain > 0:
         return Choice(best, plain, True, f"{told}; {alone_told}")
     return Choice(best, plain, False, f"no reshaping is predicted to gain over {alone_told}: it stays as it is")
 
 
-def _objective(fit: Reshaping, label: str) -> float:
-    """J = W − β KL as predicted; of fits to one KL budget W alone decides, so far as they meet it."""
+def _objective(fit: Reshaping, label: str, beta: float) -> float:
+    """J = W − β KL as predicted."""
     assert fit.predictions is not None, "a fit predicts"
-    return fit.predictions.win_rates[label].estimate - (fit.beta or 0.0) * fit.predictions.kl.estimate
+    return fit.predictions.win_rates[label].estimate - beta * fit.predictions.kl.estimate
 
 
 def describe(reshaping: Reshaping) -> str:
