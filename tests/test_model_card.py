@@ -116,7 +116,7 @@ def test_a_mixture_card_has_code_commands_two_model_names_and_the_caution():
     for told in (
         'policy = ia.open_policy(".")', "max_new_tokens=64", "policy.draw(",
         "infalign decode \"A prompt\" --model . --reward REWARD --procedure best-of-4",
-        "--lora-modules aligned=ADAPTER", "--model-name BASE --aligned-name aligned", "--aligned-weight 0.125",
+        "--lora-modules aligned=ADAPTER", "--model-name BASE --aligned aligned", "--aligned-weight 0.125",
         "**A single sample.** It was made for Best\\-of\\-4", "predicted to be 61.0 ± 2.0 %.",
         "88% of its samples are the reference's own", "| Best\\-of\\-4 win rate, % | 79.0 ± 1.5 | not yet |",
     ):  # fmt: skip

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from infalign.rollouts.mixture import MixturePolicy
     from infalign.rollouts.opening import open_policy, save_policy
     from infalign.rollouts.reshaped import ReshapedPolicy
+    from infalign.rollouts.split import SplitPolicy
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
@@ -86,6 +87,7 @@ _HOME = {
     "infalign.rollouts.mixture": ("MixturePolicy",),
     "infalign.rollouts.opening": ("open_policy", "save_policy"),
     "infalign.rollouts.reshaped": ("ReshapedPolicy",),
+    "infalign.rollouts.split": ("SplitPolicy",),
     "infalign.theory.finite_k": ("finite_k_prediction", "rank_conditional_tilt"),
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
     "infalign.theory.plan": ("Plan", "limit", "plan"),
@@ -104,6 +106,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022 (grouped by meaning)
     "InferenceProcedure",
+    "SplitPolicy",
     "Standard",
     "BestOfN",
     "WorstOfN",

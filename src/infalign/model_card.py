@@ -320,7 +320,7 @@ or through the procedure, with the reward that chooses:
         text += f"""
 On a server it needs two model names and no more, the base's and the aligned model's:
 
-{server}    infalign serve --upstream http://127.0.0.1:8001/v1 --model-name BASE --aligned-name aligned \\
+{server}    infalign serve --upstream http://127.0.0.1:8001/v1 --model-name BASE --aligned aligned \\
         --aligned-weight {record.weight:.4g} --reward REWARD --procedure {procedure}
 
 Without infalign: send the request for each candidate to the aligned model with probability {record.weight:.4g},

@@ -26,7 +26,7 @@ def models(tmp_path_factory):
 def test_sixty_four_clients_of_a_mixture(models, tmp_path):
     (tmp_path / "mixture_rewards.py").write_text(REWARD)
     with ServedModels(models) as upstream:
-        command = ("serve", "--upstream", upstream.url, "--model-name", "base", "--aligned-name", "adapter")
+        command = ("serve", "--upstream", upstream.url, "--model-name", "base", "--aligned", "adapter")
         command += ("--aligned-weight", WEIGHT, "--reward", "mixture_rewards:length", "--n", N, "--max-new-tokens", 2)
         command += ("--seed", 0)
         with Served(*command, cwd=tmp_path) as server, ThreadPoolExecutor(CLIENTS) as clients:

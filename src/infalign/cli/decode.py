@@ -14,8 +14,10 @@ from rich.console import Console
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.sources import (
+    Blend,
     as_message,
     open_calibration,
+    open_model,
     open_named_reward,
     parse_procedure,
     served_sampler,
@@ -55,8 +57,9 @@ def decode_command(
         str | None, typer.Option("--endpoint", help="Instead: an OpenAI-compatible server, http://host:8000/v1.")
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name there.")] = None,
-    aligned_name: options.AlignedName = None,
+    aligned: options.Aligned = None,
     aligned_weight: options.AlignedWeight = None,
+    aligned_count: options.AlignedCount = None,
     api_key_variable: Annotated[
         str | None, typer.Option("--api-key-variable", help="Environment variable that holds the server's key.")
     ] = None,
@@ -126,11 +129,13 @@ def decode_command(
             {
                 "--concurrency": concurrency,
                 "--api-key-variable": api_key_variable,
-                "--aligned-name": aligned_name,
-                "--aligned-weight": aligned_weight,
             },
         )
     concurrency = concurrency or 16
+    blend = Blend.of(aligned, aligned_weight, aligned_count, chosen)
+    if aligned_count is not None and stop_reward is not None:
+        raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where="decode",
+                         hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
     from infalign.data import Prompt, load_prompts
@@ -157,12 +162,10 @@ def decode_command(
     found = None if calibration is None else open_calibration(calibration, source)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if endpoint is None:
-        sampler, identity = _local(str(model), settings, weights)
+        sampler, identity = _local(str(model), blend, settings, weights)
     else:
         server = Endpoint(endpoint, api_key_variable)
-        sampler, identity = served_sampler(
-            *(server, str(model_name), aligned_name, aligned_weight, concurrency or 16, settings)
-        )
+        sampler, identity = served_sampler(server, str(model_name), blend, concurrency, settings)
     ranked_by = source if found is None else found.reward
     decoding: dict[str, Any] = {
         "calibrator": None if found is None else found.calibrator,
@@ -237,13 +240,14 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
     return EarlyStopping(chosen.n, stop_at, block)
 
 
-def _local(model: str, settings: dict[str, Any], weights: dict[str, Any]) -> tuple[CandidateSampler, str]:
+def _local(
+    model: str, blend: Blend | None, settings: dict[str, Any], weights: dict[str, Any]
+) -> tuple[CandidateSampler, str]:
     """What draws from a policy of this machine, and its identity for the record."""
     from infalign.decode.local import sampler_of
-    from infalign.rollouts.opening import open_policy
 
     silence_libraries()
-    policy = open_policy(model, **weights)
+    policy = open_model(model, blend, weights)
     return sampler_of(policy, **settings), policy.fingerprint
 
 

@@ -42,9 +42,12 @@ Temperature = Annotated[float, typer.Option("--temperature", help="1 samples the
 TopP = Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")]
-AlignedName = Annotated[
+Aligned = Annotated[
     str | None,
-    typer.Option("--aligned-name", help="A mixture of two of the server's models: this one, and --model-name …"),
+    typer.Option(
+        "--aligned",
+        help="A second model, as the first is given (a folder, or a name at the server): a mixture of both …",
+    ),
 ]
 AlignedWeight = Annotated[
     float | None,
@@ -52,8 +55,14 @@ AlignedWeight = Annotated[
         "--aligned-weight",
         min=0.0,
         max=1.0,
-        help="… with this share of the candidates from the aligned one.",
+        help="… with this share of the candidates from the aligned one,",
         show_default=False,
+    ),
+]
+AlignedCount = Annotated[
+    int | None,
+    typer.Option(
+        "--aligned-count", min=0, help="… or with exactly so many of the procedure's n candidates.", show_default=False
     ),
 ]
 

@@ -11,7 +11,7 @@ import typer
 
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
-from infalign.cli.sources import open_calibration, open_named_reward, parse_procedure, served_sampler
+from infalign.cli.sources import Blend, open_calibration, open_model, open_named_reward, parse_procedure, served_sampler
 from infalign.errors import InputError
 from infalign.wording import counted
 
@@ -31,8 +31,9 @@ def serve_command(
         typer.Option("--upstream", help="Instead: an OpenAI-compatible server, such as http://host:8000/v1."),
     ] = None,
     model_name: Annotated[str | None, typer.Option("--model-name", help="The model's name upstream.")] = None,
-    aligned_name: options.AlignedName = None,
+    aligned: options.Aligned = None,
     aligned_weight: options.AlignedWeight = None,
+    aligned_count: options.AlignedCount = None,
     reward: options.Reward = None,
     procedure: options.Procedure = "best-of-n",
     n: options.N = None,
@@ -99,8 +100,6 @@ def serve_command(
             {
                 "--concurrency": concurrency,
                 "--upstream-key-variable": upstream_key_variable,
-                "--aligned-name": aligned_name,
-                "--aligned-weight": aligned_weight,
             },
         )
     else:
@@ -109,6 +108,10 @@ def serve_command(
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
     chosen = parse_procedure(procedure, n, k)
+    blend = Blend.of(aligned, aligned_weight, aligned_count, chosen)
+    if aligned_count is not None and stop_reward is not None:
+        raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where="serve",
+                         hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
     key = _key(api_key_variable, "--api-key-variable")
     _key(upstream_key_variable, "--upstream-key-variable")
     reporter.say("Loading libraries …")
@@ -127,10 +130,10 @@ def serve_command(
 
         assert model_name is not None, "checked above"
         endpoint = Endpoint(upstream, upstream_key_variable, timeout=timeout, retries=1, first_wait=0.2)
-        sampler, _ = served_sampler(endpoint, model_name, aligned_name, aligned_weight, concurrency, settings)
+        sampler, _ = served_sampler(endpoint, model_name, blend, concurrency, settings)
     else:
         assert model is not None, "checked above"
-        sampler, count_prompt = _local(model, weights, settings)
+        sampler, count_prompt = _local(model, blend, weights, settings)
     # Somebody waits: better a quick error than a patient answer.
     patience: dict[str, Any] = {"timeout": timeout, "retries": 1, "first_wait": 0.2}
     source = None if reward is None else open_named_reward(reward, **weights, **patience)
@@ -188,14 +191,13 @@ def _key(variable: str | None, option: str) -> str | None:
     return key.strip()
 
 
-def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
+def _local(model: str, blend: Blend | None, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
     """A sampler for a model in this process, and what counts its prompts' tokens."""
     from infalign.decode.local import sampler_of
-    from infalign.rollouts.opening import open_policy
     from infalign.rollouts.tokens import prompt_token_ids
 
     silence_libraries()
-    policy = open_policy(model, **weights)
+    policy = open_model(model, blend, weights)
 
     def count(prompt: Prompt) -> int:
         from jinja2 import TemplateError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
+from infalign.reshape.stratified import order_statistic
 from infalign.wording import counted
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from infalign.data import Prompt, PromptSet
     from infalign.decode.candidates import CandidateSampler
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.policy import Policy
     from infalign.rollouts.rewards import RewardSource
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
@@ -82,41 +84,91 @@ def open_named_reward(
     return SequenceClassificationReward(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A second model whose candidates are mixed with those of the first.
+
+    Attributes:
+        aligned: The second model: a folder, or its name at the server.
+        weight: Share of the candidates that come from it, at random; None where counts are exact.
+        counts: How many of the n candidates come from the first model and from this one; None for a random share.
+    """
+
+    aligned: str
+    weight: float | None = None
+    counts: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls, aligned: str | None, weight: float | None, count: int | None, procedure: InferenceProcedure
+    ) -> Blend | None:
+        """What the options `--aligned`, `--aligned-weight` and `--aligned-count` ask for.
+
+        Raises:
+            InputError: They do not go together, or the procedure does not pick one rank of n candidates, of which the
+                count is a part.
+        """
+        if aligned is None and weight is None and count is None:
+            return None
+        if aligned is None or (weight is None) == (count is None):
+            raise InputError("a mixture has two models, and a weight or a count", where="--aligned",
+                             hint="Give --aligned and --aligned-weight or --aligned-count")  # fmt: skip
+        if count is None:
+            return cls(aligned, weight)
+        order_statistic(procedure)
+        n = procedure.n or 1
+        if count > n:
+            raise InputError(f"{count} of {counted(n, 'candidate')}", where="--aligned-count",
+                             hint="Give at most the procedure's n")  # fmt: skip
+        return cls(aligned, counts=(n - count, count))
+
+    def policy(self, base: Any, aligned: Any) -> Any:
+        """The two policies as one."""
+        from infalign.rollouts.mixture import MixturePolicy
+        from infalign.rollouts.split import SplitPolicy
+
+        if self.counts is not None:
+            return SplitPolicy(base, aligned, self.counts)
+        assert self.weight is not None, "one of the two is given"
+        return MixturePolicy(base, aligned, self.weight)
+
+
 def served_sampler(
-    endpoint: Endpoint,
-    model: str,
-    aligned: str | None,
-    weight: float | None,
-    concurrency: int,
-    settings: Mapping[str, Any],
+    endpoint: Endpoint, model: str, blend: Blend | None, concurrency: int, settings: Mapping[str, Any]
 ) -> tuple[CandidateSampler, str]:
-    """What draws from a server, one model or a mixture of two of its models; and its identity for the record.
+    """What draws from a server, one model or two of its models together; and its identity for the record.
 
     Args:
         endpoint: The server.
         model: The model's name there; of a mixture, the base's.
-        aligned: The aligned model's name, for a mixture.
-        weight: Share of the candidates that come from it.
+        blend: The aligned model, and how much of it.
         concurrency: Requests under way at the same time.
         settings: Longest response, temperature and top_p.
-
-    Raises:
-        InputError: One of `aligned` and `weight` is given without the other, or the weight is out of range.
     """
     from infalign.decode.remote import EndpointSampler
 
-    if (aligned is None) != (weight is None):
-        raise InputError("a mixture has two models and a weight", where="--aligned-name",
-                         hint="Give --aligned-name and --aligned-weight, or neither")  # fmt: skip
-    if aligned is None or weight is None:
+    if blend is None:
         return EndpointSampler(endpoint, model, concurrency=concurrency, **settings), f"endpoint:{model}"
     from infalign.decode.local import PolicySampler
     from infalign.rollouts.endpoint import ServedPolicy
-    from infalign.rollouts.mixture import MixturePolicy
 
-    base, other = (ServedPolicy(endpoint, name, concurrency=concurrency) for name in (model, aligned))
-    policy = MixturePolicy(base, other, weight)
+    policy = blend.policy(*(ServedPolicy(endpoint, name, concurrency=concurrency) for name in (model, blend.aligned)))
     return PolicySampler(policy, **settings), policy.fingerprint
+
+
+def open_model(model: str, blend: Blend | None, weights: Mapping[str, Any]) -> Policy:
+    """A policy of this machine, or two together, one base in memory where adapters share it.
+
+    Args:
+        model: Folder, adapter, hub name, or folder of a policy.
+        blend: A second one, and how much of it.
+        weights: Which kinds of weights are accepted (`trust_remote_code`, `allow_pickle`).
+    """
+    from infalign.rollouts.opening import open_policies, open_policy
+
+    if blend is None:
+        return open_policy(model, **weights)
+    return blend.policy(*open_policies([model, blend.aligned], **weights))
 
 
 def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> InferenceProcedure:
