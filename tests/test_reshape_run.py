@@ -234,3 +234,27 @@ def test_what_cannot_be_reshaped_is_said_with_a_hint(finished, capsys, monkeypat
     code, _, told = infalign(capsys, monkeypatch, "reshape", out, *arguments)
     assert code == 2
     assert message in told
+
+
+def test_a_policy_is_distilled_into_one_model(finished, capsys, monkeypatch, tmp_path):
+    out, *_ = finished
+    where = tmp_path / "mixture"
+    command = ("reshape", out, "--method", "identity", "--kind", "mixture", "--out", where, "--json")
+    code, plain, _ = infalign(capsys, monkeypatch, *command)
+    assert code == 0
+    assert "distilled" not in json.loads(plain)
+    code, told, _ = infalign(capsys, monkeypatch, *command, "--distil", "--distil-samples", 4)
+    assert code == 0
+    distilled = json.loads(told)["distilled"]
+    rate = distilled["measured"]["win_rates"]["Best-of-4"]["estimate"]
+    assert f"Distilled into one model: Best-of-4 {100 * rate:.1f}" in json.loads(told)["text"]
+    # One ordinary model, trained on 27 prompts × 4 samples, twice, 32 of them at a time.
+    reference = json.loads((out / "recipe.json").read_text())["policy"]["model"]
+    assert open_policy(distilled["model"]).fingerprint != open_policy(reference).fingerprint
+    steps = (where / distilled["model"].split("/")[-2] / "steps.jsonl").read_text().splitlines()
+    assert len(steps) == round(2 * 27 * 4 / 32)
+    assert np.isfinite(distilled["measured"]["kl"]["estimate"])
+    again = json.loads(infalign(capsys, monkeypatch, *command, "--distil", "--distil-samples", 4)[1])
+    assert again["distilled"] == distilled, "nothing is done twice"
+    code, _, err = infalign(capsys, monkeypatch, *command, "--distil-samples", 4)
+    assert (code, "--distil-samples goes with --distil" in err) == (2, True)

@@ -34,6 +34,14 @@ def reshape_command(
     split: Annotated[
         bool, typer.Option("--split", help="Say how to split the candidates between reference and aligned model.")
     ] = False,
+    distil: Annotated[
+        bool,
+        typer.Option("--distil", help="Also train one model on samples of the policy, and measure what that loses."),
+    ] = False,
+    distil_samples: Annotated[
+        int | None,
+        typer.Option("--distil-samples", min=1, help="Samples per training prompt [default: 64].", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the policy [default: RUN/reshaped/METHOD-PROCEDURE-KL].",
@@ -49,10 +57,13 @@ def reshape_command(
         raise InputError(f"unknown kind {kind!r}", where="--kind", hint=f"Use one of {', '.join(KINDS)}")
     if kl is not None and not kl > 0:
         raise InputError(f"a KL budget of {kl} nats", where="--kl", hint="Give nats above 0")
+    if distil_samples is not None and not distil:
+        raise InputError("--distil-samples goes with --distil", where="reshape", hint="Give both, or leave it out")
     chosen = None if procedure is None else parse_procedure(procedure)
     silence_libraries()
     allow_local_rewards()
-    from infalign.stages.reshape import ReshapeRequest, reshape_run
+    from infalign.stages.distil import Distillation
+    from infalign.stages.reshape_run import ReshapeRequest, reshape_run
 
     wanted = ReshapeRequest(
         method=method,
@@ -62,5 +73,6 @@ def reshape_command(
         num_samples=samples,
         split=split,
         out=out,
+        distil=Distillation(num_samples=distil_samples or 64) if distil else None,
     )
     print_result(reshape_run(run, wanted, ConsoleReporter(quiet=False)), json_)

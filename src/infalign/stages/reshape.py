@@ -8,38 +8,35 @@ predicts more than the aligned model alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
-from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
-from infalign.reshape import Goal, Reshaping, ReshapingData, Split, best_split, fit_reshaping_to, predict_reshaping
+from infalign.reshape import Goal, Reshaping, ReshapingData, fit_reshaping_to, predict_reshaping
 from infalign.reshape.histogram import log_ratio_histogram
 from infalign.rollouts.logprobs import flat_responses
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.policy_file import MIXTURE, RESHAPED, PolicyFile, write_policy_file
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import RunFolder, write_json
+from infalign.run_folder import write_json
 from infalign.run_rewards import scored_by_all
 from infalign.stages.card import write_card
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.rollout import draw
-from infalign.stages.run import Run, open_run
+from infalign.stages.run import Run
 
 Float = NDArray[np.float64]
 
 FILE = "reshape.json"
 _PROMPTS_AT_ONCE = 8
-_KINDS = ("mixture", "reshaped")
-_SPLITS_SHOWN = 5
+KINDS = ("mixture", "reshaped")
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def reshape_policy(run: Run, planned: PlannedTransform, progress: Progress) -> N
     prompts = run.kept_prompts()
     data = reshaping_data(run, planned.name, prompts, recipe.reshape.num_samples, progress)
     goal = Goal(recipe.target_procedure, kl_budget=float(run.read_json("plan.json")["kl"]))
-    kinds = _KINDS if recipe.reshape.kind == "auto" else (recipe.reshape.kind,)
+    kinds = KINDS if recipe.reshape.kind == "auto" else (recipe.reshape.kind,)
     choice = choose(data, goal, kinds, recipe.evaluation_procedures, alone=planned.mixture_weight == 1.0)
     folder = run.reshaped_folder(planned.name)
     if choice.chosen:
@@ -156,22 +153,25 @@ def write_policy(folder: Path, base: str, aligned: Path, reshaping: Reshaping) -
         write_policy_file(folder, PolicyFile(RESHAPED, base, (str(aligned),), {"reshaping": content}))
 
 
-def reshaping_data(run: Run, name: str, prompts: PromptSet, num_samples: int, progress: Progress) -> ReshapingData:
+def reshaping_data(
+    run: Run, name: str, prompts: PromptSet, num_samples: int, progress: Progress, *, model: Path | None = None
+) -> ReshapingData:
     """Rollouts of the reference and of one aligned model, with log-ratios and rewards; what is missing is drawn.
 
     Args:
         run: A calibrated run with this aligned model.
-        name: The method's name.
+        name: The method's name, or that of another model's rollouts.
         prompts: Calibrated prompts, best ones that no update has seen.
         num_samples: Rollouts of the aligned model for each prompt.
         progress: Called as rollouts are drawn and log-probabilities computed.
+        model: Folder of the model, if it is not the method's.
     """
-    folder, model = f"reshape-{name}", str(run.policy_folder(name))
+    folder, source = f"reshape-{name}", str(model or run.policy_folder(name))
     # A seed apart from those of the calibration, the evaluation and the landing.
-    draw(run, folder, model, prompts, num_samples, run.recipe.seed + 777, progress)
+    draw(run, folder, source, prompts, num_samples, run.recipe.seed + 777, progress)
     own_store, ref_store = run.store(folder), run.store("reference")
     run.rewards.score(own_store, prompts, progress, retry_unscored=True)
-    aligned, reference = run.pair(model)
+    aligned, reference = run.pair(source)
     num_ref = run.recipe.rollouts.num_ref
     ref = _side(run, ref_store, prompts, num_ref)
     own = _side(run, own_store, prompts, num_samples)
@@ -247,131 +247,3 @@ def _logprobs(
 def _picked(values_PK: Float, scored_PK: NDArray[np.bool_]) -> list[Float]:
     """The values of the scored rollouts, prompt by prompt."""
     return [np.asarray(row[kept], dtype=np.float64) for row, kept in zip(values_PK, scored_PK, strict=True)]
-
-
-# --- after the fact ---
-
-
-class Reporter(Protocol):
-    """Tells the user what is going on."""
-
-    def say(self, text: str) -> None:
-        """One plain line."""
-        ...
-
-    def stage(self, title: str) -> AbstractContextManager[Progress]:
-        """A stage in progress."""
-        ...
-
-
-@dataclass(frozen=True)
-class ReshapeRequest:
-    """What to fit to a finished run.
-
-    Attributes:
-        method: Name of the aligned model; the run's first if None.
-        procedure: How the policy will be used; the run's own procedure if None.
-        kl_budget: In nats; the run's own if None.
-        kinds: Kinds of reshaping to fit.
-        num_samples: Rollouts of the aligned model per calibration prompt.
-        split: Also say how to split the candidates of the procedure between the two models.
-        out: Folder of the policy; one in the run folder if None.
-    """
-
-    method: str | None = None
-    procedure: InferenceProcedure | None = None
-    kl_budget: float | None = None
-    kinds: Sequence[str] = _KINDS
-    num_samples: int = 32
-    split: bool = False
-    out: Path | None = None
-
-
-def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> dict[str, Any]:
-    """Fit a reshaping of a finished run's model for any procedure and budget, and write its policy.
-
-    Args:
-        folder: The run folder.
-        request: What to fit.
-        reporter: Told what is going on.
-
-    Returns:
-        `text` for a person; the fit, and the policy's folder, for a program.
-
-    Raises:
-        InputError: If there is no such model, or the run kept no prompts aside to fit on.
-        StorageError: If the folder holds no calibrated run, or cannot be written.
-    """
-    run = open_run(folder)
-    planned = {one.name: one for one in run.planned()}
-    name = request.method or next(iter(planned))
-    if name not in planned or not run.policy_folder(name).is_dir():
-        trained = [one for one in planned if run.policy_folder(one).is_dir()]
-        raise InputError(
-            f"the run has no aligned model {name!r}",
-            where=str(folder),
-            hint=f"There are: {', '.join(trained)}" if trained else "Train one first: infalign train RECIPE",
-        )
-    prompts = run.kept_prompts()
-    if len(prompts) < 2:
-        raise InputError(
-            "the run kept no training prompts aside to fit a reshaping on",
-            where=str(folder),
-            hint="Make the run with kl_budget, or with reshape: auto",
-        )
-    procedure = request.procedure or run.recipe.target_procedure
-    kl_budget = request.kl_budget or float(run.read_json("plan.json")["kl"])
-    with RunFolder(folder, run.recipe.name).writing():
-        with reporter.stage(f"Rollouts and log-ratios ({name})") as progress:
-            data = reshaping_data(run, name, prompts, request.num_samples, progress)
-        with reporter.stage(f"Fit for {procedure.label} at {kl_budget:g} nats"):
-            goal = Goal(procedure, kl_budget=kl_budget)
-            report = [one for one in run.recipe.evaluation_procedures if one != procedure]
-            choice = choose(data, goal, request.kinds, report, alone=planned[name].mixture_weight == 1.0)
-    lines = [choice.reason, *_predicted_lines(choice.reshaping)]
-    about = {"method": name, "trained_weight": planned[name].trained_weight, "prompts": len(prompts)}
-    content: dict[str, Any] = {**about, "kl_budget": kl_budget, **choice.to_dict()}
-    if request.split:
-        splits = best_split(data, procedure, kl_budget=kl_budget)
-        lines += _split_lines(splits)
-        content["splits"] = [_split_dict(one) for one in splits[:_SPLITS_SHOWN]]
-    where = run.policy_folder(name)
-    if choice.chosen or len(request.kinds) == 1:  # whoever names a kind gets it
-        where = request.out or folder / "reshaped" / f"{name}-{procedure.label.lower()}-{kl_budget:g}"
-        write_policy(where, run.reference, run.policy_folder(name), choice.reshaping)
-        write_json(where / FILE, {**content, "histogram": log_ratio_histogram(data)})
-    lines.append(f"Policy: {where} (a model for infalign evaluate, decode, serve and audit)")
-    return {"text": "\n".join(lines), **content, "policy": str(where)}
-
-
-def _predicted_lines(reshaping: Reshaping) -> list[str]:
-    predicted = reshaping.predictions
-    assert predicted is not None, "a fit predicts"
-    rates = ", ".join(
-        f"{label} {100 * rate.estimate:.1f} ± {100 * rate.standard_error:.1f} %"
-        for label, rate in predicted.win_rates.items()
-    )
-    kl = f"KL {predicted.kl.estimate:.3f} ± {predicted.kl.standard_error:.3f} nats"
-    lines = [f"Predicted on new prompts: {kl}; {rates}"]
-    if predicted.tokens is not None:
-        cost = f"{predicted.tries.estimate:.2f} tries and {predicted.tokens.estimate:.1f} tokens per delivered response"
-        lines.append(f"Cost: {cost}")
-    return lines
-
-
-def _split_dict(split: Split) -> dict[str, Any]:
-    found = {"win_rate": split.win_rate, "kl": split.kl}
-    numbers = {
-        name: {"estimate": one.estimate, "standard_error": one.standard_error, "interval": one.confidence_interval}
-        for name, one in found.items()
-    }
-    return {"counts": list(split.procedure.counts), **numbers}
-
-
-def _split_lines(splits: Sequence[Split]) -> list[str]:
-    lines = ["Exact counts (candidates from the reference + from the model), best first:"]
-    for one in splits[:_SPLITS_SHOWN]:
-        counts = " + ".join(map(str, one.procedure.counts))
-        rate = f"{100 * one.win_rate.estimate:.1f} ± {100 * one.win_rate.standard_error:.1f} %"
-        lines.append(f"  {counts}: {rate} at {one.kl.estimate:.3f} nats a candidate")
-    return lines

@@ -106,6 +106,23 @@ class WeightedLikelihood:
         return -log_ratios_NM[:, 0]
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """Maximum likelihood on rollouts of another policy: distillation of that policy into this one."""
+
+    label: str = "likelihood"
+    beta: float = 0.0
+    any_distribution: bool = False
+
+    def examples(self, pool: RolloutPool) -> Examples:
+        """Each rollout by itself."""
+        return single_examples(np.zeros(len(pool)))
+
+    def __call__(self, log_ratios_NM: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """−(log π − log p), nats: −log π but for a constant."""
+        return -log_ratios_NM[:, 0]
+
+
 def single_examples(targets_N: NDArray[np.float64]) -> Examples:
     """Every rollout of a pool by itself, with equal weights."""
     return Examples(np.arange(len(targets_N))[:, None], targets_N, np.ones(len(targets_N)))
