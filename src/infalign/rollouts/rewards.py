@@ -22,7 +22,7 @@ from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
-from infalign.rollouts.tokens import require_chat_template
+from infalign.rollouts.rendering import require_chat_template
 from infalign.wording import counted
 
 Float = NDArray[np.float64]

@@ -11,7 +11,8 @@ from typing import Any
 
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
-from infalign.rollouts.tokens import excerpt, require_chat_template
+from infalign.rollouts.rendering import require_chat_template
+from infalign.rollouts.tokens import excerpt
 from infalign.wording import counted
 
 
