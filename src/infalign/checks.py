@@ -15,9 +15,9 @@ from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
+from infalign.rollouts.rendering import require_chat_template
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
-from infalign.rollouts.rendering import require_chat_template
 from infalign.rollouts.tokens import excerpt
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -80,6 +80,10 @@ class PromptSet(Sequence[Prompt]):
     def ids(self) -> list[str]:
         """The prompts' ids, in order."""
         return [prompt.id for prompt in self.prompts]
+
+    def rendered_at(self, moment: str | None) -> PromptSet:
+        """The same prompts, their chat messages rendered at this moment."""
+        return PromptSet(tuple(replace(prompt, rendered_at=moment) for prompt in self.prompts), self.duplicates)
 
 
 def prompt_id(prompt: PromptContent) -> str:

@@ -1,7 +1,7 @@
 """Chat messages as a template renders them: at one moment, whenever it is asked for.
 
-Some chat templates write the date into the prompt (`strftime_now`). Rendered anew at every stage, reference rollouts and
-training would see different prompts. A prompt of a run therefore carries the moment it was first rendered at
+Some chat templates write the date into the prompt (`strftime_now`). Rendered anew at every stage, reference rollouts
+and training would see different prompts. A prompt of a run therefore carries the moment it was first rendered at
 (`Prompt.rendered_at`), and the run's reward model is told the same one.
 """
 
