@@ -65,8 +65,7 @@ class RewardSource(ABC):
     ) -> Scores:
         """Score B responses, saying of each that could not be scored why.
 
-        The sources here bring both into the form of `texts.shown` first: of text prompts both are strings, of chat
-        messages a response is a list with one message of the assistant. One of your own does that by calling it.
+        The sources here bring both into the form of `texts.shown` first; one of your own does that by calling it.
 
         Args:
             prompts: B prompts, as text or chat messages.
@@ -81,8 +80,8 @@ class RewardSource(ABC):
         """Rewards of B responses, shape (B,); NaN where a response could not be scored. Errors as in `score_rows`."""
         return self.score_rows(prompts, completions, **columns).rewards
 
-    def render_at(self, moment: str | None) -> None:
-        """Let chat templates with a date in them be told this moment (`Prompt.rendered_at`); others do not mind."""
+    def render_at(self, moment: str | None) -> None:  # noqa: B027  most sources render nothing
+        """Let chat templates with a date in them be told this moment (`Prompt.rendered_at`)."""
 
     def __str__(self) -> str:
         return self.key
@@ -183,6 +182,11 @@ class FunctionReward(RewardSource):
                 errors.append(f"{type(error).__name__}: {error}")
         return Scores(rewards, errors)
 
+    def call_once(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Scores:
+        """As `score_rows`, for rows in just this form; it raises whatever the function raises."""
+        kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
+        return check_scores(self._call(prompts, completions, kept), len(completions), 0, str(self))
+
     def _call(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], columns: dict[str, Any]
     ) -> Any:
@@ -239,7 +243,7 @@ class HTTPReward(RewardSource):
     concurrent = True
 
     def __init__(self, endpoint: Endpoint, *, name: str, batch_size: int = 64, concurrency: int = 8) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._batch_size = batch_size
         self._concurrency = concurrency
         self.key = name
@@ -261,7 +265,7 @@ class HTTPReward(RewardSource):
             content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
             count, of = len(content["completions"]), prompt_ids and prompt_ids[start:stop]
             try:
-                answer = self._endpoint.post("", content)
+                answer = self.endpoint.post("", content)
             except EndpointError as error:
                 return Scores(np.full(count, np.nan), [str(error)] * count)
             values = answer.get("rewards") if isinstance(answer, dict) else answer

@@ -20,7 +20,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from infalign.errors import InputError, TrainingError
 from infalign.rollouts.decode import decode, uniforms
-from infalign.rollouts.texts import response_texts
+from infalign.rollouts.texts import response_texts, shown
 from infalign.training.running import ADVICE
 
 
@@ -41,14 +41,14 @@ class SequenceTrainer(RLOOTrainer):
     prompt_ids: Mapping[str, list[int]] | None = None
     _logprobs: list[torch.Tensor] | None = None
     _inputs: Sequence[Mapping[str, Any]] = ()
-    _prompt_ids_B: Sequence[Sequence[int]] = ()
+    _shown_ids: Sequence[Sequence[int]] = ()  # of the batch's prompts
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, Any]:
         if self.prompt_ids is None or any("prompt_id" not in row for row in self._inputs):
             found = super()._tokenize_prompts(prompts)
         else:
             found = [list(self.prompt_ids[row["prompt_id"]]) for row in self._inputs], None, {}
-        self._prompt_ids_B = found[0]
+        self._shown_ids = found[0]
         return found
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
@@ -93,8 +93,8 @@ class SequenceTrainer(RLOOTrainer):
         # TRL decodes a response alone, which is not what the references were scored on.
         ends = set(self.eos_token_ids)
         responses = [ids[:-1] if len(ids) and ids[-1] in ends else ids for ids in completion_ids_list]
-        texts = response_texts(self.processing_class, self._prompt_ids_B, responses)
-        return super()._calculate_rewards(inputs, prompts, texts, completion_ids_list)
+        texts = response_texts(self.processing_class, self._shown_ids, responses)
+        return super()._calculate_rewards(inputs, *shown(prompts, texts), completion_ids_list)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._logprobs, self._inputs = [], inputs
