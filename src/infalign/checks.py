@@ -15,9 +15,12 @@ from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
+from infalign.rollouts.rehearsal import rehearse
+from infalign.rollouts.rendering import reads_the_clock, require_chat_template
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
-from infalign.rollouts.tokens import excerpt, require_chat_template
+from infalign.rollouts.tokens import excerpt
+from infalign.run_rewards import open_reward
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
@@ -208,6 +211,14 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
     config = _model_config(model, where, trust_remote_code=recipe.policy.trust_remote_code)
     _check_weights(model, where, allow_pickle=recipe.policy.allow_pickle, setting="policy.allow_pickle")
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.policy.trust_remote_code)
+    if recipe.rollouts.endpoint is not None and reads_the_clock(tokenizer) and any(
+        not isinstance(prompt.prompt, str) for prompt in prompts
+    ):  # fmt: skip
+        raise InputError(
+            "its chat template writes the date, which a server would render at another moment than training does",
+            where=where,
+            hint="Write a fixed date into the chat template, here and at the server, or draw without rollouts.endpoint",
+        )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new = recipe.rollouts.max_new_tokens
     longest = 0
@@ -247,7 +258,11 @@ def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
 def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -> None:
     if reward.function is not None:
         names = [*column_names(prompts), "prompt_id"]
-        FunctionReward(reward.function).require_columns(names)
+        function = FunctionReward(reward.function)
+        function.require_columns(names)
+        rehearse(function, prompts, f"reward function {reward.function}")
+    elif reward.url is not None:
+        rehearse(open_reward(reward), prompts, f"{setting}.url {reward.url}")
     elif reward.model is not None:
         from transformers import AutoTokenizer
 
@@ -352,7 +367,9 @@ def _check_decoder(procedure: MeasuredProcedure, prompts: Sequence[Prompt]) -> N
     if procedure.function is not None:
         decoder_function(procedure.function)
     elif procedure.proxy is not None and ":" in procedure.proxy and not Path(procedure.proxy).exists():
-        FunctionReward(procedure.proxy).require_columns([*column_names(prompts), "prompt_id"])
+        proxy = FunctionReward(procedure.proxy)
+        proxy.require_columns([*column_names(prompts), "prompt_id"])
+        rehearse(proxy, prompts, f"procedure.decoder.proxy {procedure.proxy}")
     elif procedure.proxy is not None:
         _model_config(procedure.proxy, f"procedure.decoder.proxy {procedure.proxy}", trust_remote_code=False)
 

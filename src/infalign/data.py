@@ -10,14 +10,15 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from infalign.errors import InputError, StorageError
 from infalign.hub import require_data_set
+from infalign.plain import plain, plain_row
 
-Message = dict[str, str]
+Message = dict[str, Any]
 PromptContent = str | list[Message]
 Row = dict[str, Any]
 
@@ -33,11 +34,14 @@ class Prompt:
         prompt: Plain text, used as it is; or chat messages, rendered by the model's chat template.
         row: The whole row it came from, for rewards that need more than the prompt (an answer, a rubric).
         id: 16 hexadecimal digits that depend on the content of `prompt` alone.
+        rendered_at: The moment, in ISO 8601, that a chat template with a date in it is told; None for the present. A
+            run fixes it once, so that all its stages see one rendering.
     """
 
     prompt: PromptContent
     row: Row = field(default_factory=dict, compare=False, hash=False, repr=False)
     id: str = ""
+    rendered_at: str | None = field(default=None, compare=False, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", prompt_id(self.prompt))
@@ -77,6 +81,10 @@ class PromptSet(Sequence[Prompt]):
         """The prompts' ids, in order."""
         return [prompt.id for prompt in self.prompts]
 
+    def rendered_at(self, moment: str | None) -> PromptSet:
+        """The same prompts, their chat messages rendered at this moment."""
+        return PromptSet(tuple(replace(prompt, rendered_at=moment) for prompt in self.prompts), self.duplicates)
+
 
 def prompt_id(prompt: PromptContent) -> str:
     """The id of a prompt: a hash of its content, the same on every machine and in every run."""
@@ -89,7 +97,14 @@ def prompt_text(prompt: PromptContent) -> str:
     """A prompt for a reader or a plain-text reward: its text, or `role: content` paragraphs."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
+
+
+def message_text(message: Message) -> str:
+    """The text of a message; the calls of tools as JSON behind it, since they may be all that it has."""
+    parts = [message.get("content") or ""]
+    parts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(part for part in parts if part)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -244,17 +259,20 @@ def load_prompts(
 
     Args:
         source: As in `read_rows`.
-        column: The column that holds the prompt: text, or chat messages `[{"role": ..., "content": ...}, ...]`.
+        column: The column that holds the prompt: text, or chat messages `[{"role": ..., "content": ...}, ...]`, with
+            whatever else a chat template reads (`tool_calls`, `name`, …). The last one is to be answered, so it is
+            not the assistant's.
         split: As in `read_rows`.
         limit: Stop after this many prompts (counted after duplicates and the other side are left out).
         held_out: Share of prompts to hold out, by `is_held_out`; no split when None.
         side: Which side to return.
 
     Returns:
-        The prompts, each with its whole row, and how many duplicates were left out.
+        The prompts, each with its whole row as plain JSON values (`plain.py`), and how many duplicates were left out.
 
     Raises:
-        InputError: As in `read_rows`; or a prompt is empty or neither text nor messages (says the row).
+        InputError: As in `read_rows`; or a prompt is empty, neither text nor messages, or ends with its answer; or a
+            column holds what cannot be kept (says the row).
     """
     seen: set[str] = set()
     prompts: list[Prompt] = []
@@ -264,7 +282,8 @@ def load_prompts(
             break
         if column not in row:
             raise _missing_column(column, row, f"{source}, row {number}")
-        prompt = Prompt(_check_prompt(row[column], f"{source}, row {number}, column {column!r}"), row)
+        where = f"{source}, row {number}"
+        prompt = Prompt(_check_prompt(row[column], f"{where}, column {column!r}"), plain_row(row, where))
         if held_out is not None and is_held_out(prompt.prompt, held_out) != (side == "held_out"):
             other_side += 1
             continue
@@ -291,18 +310,36 @@ def _check_prompt(value: Any, where: str) -> PromptContent:
         _require_unicode(value, where)
         return value
     if isinstance(value, (list, tuple)):
-        messages: list[Message] = []
-        for message in value:
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) for key in ("role", "content")
-            ):
-                raise InputError("a message is not {role, content} with two texts", where=where)
-            _require_unicode(message["content"], where)
-            messages.append({"role": message["role"], "content": message["content"]})
-        if not messages or not any(message["content"].strip() for message in messages):
+        messages = [_check_message(message, where) for message in value]
+        if not messages or not any(message_text(message).strip() for message in messages):
             raise InputError("the prompt is empty", where=where, hint="Remove the row or give it a prompt")
+        if messages[-1]["role"] == "assistant":
+            raise InputError(
+                "the last message is the assistant's answer, and what is drawn would answer that",
+                where=where,
+                hint="Leave the last message out: a prompt ends with the turn that is to be answered",
+            )
         return messages
     raise InputError(f"a prompt is a {type(value).__name__}", where=where, hint="Give text or a list of chat messages")
+
+
+def _check_message(message: Any, where: str) -> Message:
+    """A message with all its fields, as plain values; fields that are None, which tables fill in, are left out."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise InputError("a message is not {role, content} with two texts", where=where)
+    calls = message.get("tool_calls") or message.get("function_call")
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        raise InputError(
+            "the content of a message is a list of parts",
+            where=where,
+            hint="Write it as one text; images and other parts are not supported",
+        )
+    if not isinstance(content, str) and not (content is None and calls):
+        raise InputError("a message is not {role, content} with two texts", where=where)
+    found: Message = plain({name: value for name, value in message.items() if value is not None}, where)
+    _require_unicode(json.dumps(found, ensure_ascii=False), where)
+    return {"role": found.pop("role"), "content": found.pop("content", None), **found}
 
 
 def _require_unicode(text: str, where: str) -> None:
@@ -323,7 +360,8 @@ def group_key(prompt: PromptContent) -> str:
     Dialogues that start with the same turn (as those of the Anthropic HH data do) get one key.
     """
     if not isinstance(prompt, str):
-        text = next((message["content"] for message in prompt if message["role"] == "user"), prompt_text(prompt))
+        turn = next((message["content"] for message in prompt if message["role"] == "user"), None)
+        text = prompt_text(prompt) if turn is None else turn
     elif prompt.startswith("\n\nHuman:"):
         text = prompt.removeprefix("\n\nHuman:").partition("\n\nAssistant:")[0]
     else:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +27,13 @@ from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.opening import PolicyOpener
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
+from infalign.rollouts.rendering import moment_now
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
 from infalign.run_folder import versions, write_json, write_text
-from infalign.stages.run import read_prompts, run_of
+from infalign.stages.run import moment_of, prompt_lines, read_prompts, run_of
 from infalign.wording import counted, distinct
 
 
@@ -113,6 +114,10 @@ def evaluate_models(job: Job, reporter: Reporter) -> Evaluation:
         InputError: If a check fails; nothing was computed then.
         StorageError: If the folder cannot be written.
     """
+    moment = _moment(job)
+    job = replace(job, prompts=job.prompts.rendered_at(moment))
+    for source in (job.reward, *job.gold.values()):
+        source.render_at(moment)
     return _Evaluator(job, reporter).run(check_job(job))
 
 
@@ -246,8 +251,7 @@ class _Evaluator:
     def run(self, checked: Checked) -> Evaluation:
         """All of it."""
         job = self.job
-        lines = [json.dumps({"id": p.id, "prompt": p.prompt, "row": p.row}, default=str) for p in job.prompts]
-        write_text(job.out / "prompts" / "evaluation.jsonl", "\n".join(lines) + "\n")
+        write_text(job.out / "prompts" / "evaluation.jsonl", prompt_lines(job.prompts))
         reference = self._draw("reference", job.reference, job.seed)
         results: list[MethodResult] = []
         stores = {"reference": reference}
@@ -358,6 +362,13 @@ class _Evaluator:
             "seed": job.seed,
             "confidence": job.confidence,
         }
+
+
+def _moment(job: Job) -> str:
+    """When chat prompts are rendered: as in the run that a model comes from, else as in an earlier try, else now."""
+    runs = [job.run, *(run_of(candidate.model) for candidate in job.candidates)]
+    found = [moment_of(folder) for folder in (*runs, job.out) if folder is not None]
+    return next((moment for moment in found if moment is not None), None) or moment_now()
 
 
 def _reward_name(job: Job) -> str:

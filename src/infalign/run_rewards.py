@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,13 @@ class RunRewards:
     Args:
         recipe: The experiment.
         testbed_model: The reward model where the recipe names none.
+        moment: Says when the run's chat prompts are rendered (`Prompt.rendered_at`), once it is known.
     """
 
-    def __init__(self, recipe: Recipe, *, testbed_model: str | Path) -> None:
+    def __init__(
+        self, recipe: Recipe, *, testbed_model: str | Path, moment: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self._moment = moment
         self._rewards = recipe.reward
         self._calibration: dict[str, Any] = {"ties": recipe.calibration.ties, "seed": recipe.seed}
         self._testbed_model = str(testbed_model)
@@ -73,7 +77,13 @@ class RunRewards:
 
     def sources(self) -> list[RewardSource]:
         """Each by itself; M of them."""
-        return [open_reward(reward, testbed_model=self._testbed_model) for reward in self._rewards]
+        return [self.open(reward) for reward in self._rewards]
+
+    def open(self, reward: Reward) -> RewardSource:
+        """A reward of the run, gold ones among them, that renders chat messages as the run does."""
+        source = open_reward(reward, testbed_model=self._testbed_model)
+        source.render_at(self._moment())
+        return source
 
     def source(self) -> RewardSource:
         """The only one, or all together."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,11 @@ class Attempts:
     prompts: Sequence[Prompt]
     sent_PM: list[list[Prompt]]  # noqa: N815
     index_PM: NDArray[np.int64]  # noqa: N815
+
+    def rendered_at(self, moment: str) -> Attempts:
+        """The same, what is sent rendered at this moment (`Prompt.rendered_at`)."""
+        sent_PM = [[replace(prompt, rendered_at=moment) for prompt in row] for row in self.sent_PM]
+        return replace(self, sent_PM=sent_PM)
 
     @property
     def by_count(self) -> dict[int, list[Prompt]]:
@@ -116,6 +121,10 @@ class JudgedAsAsked(RewardSource):
 
     def __str__(self) -> str:
         return str(self.source)
+
+    def render_at(self, moment: str | None) -> None:
+        """As `RewardSource.render_at`."""
+        self.source.render_at(moment)
 
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from infalign.data import PromptContent, prompt_text
+from infalign.data import PromptContent
 from infalign.rollouts.rewards import RewardSource, Scores
+from infalign.rollouts.texts import completion_text
 
 _LOOKED_AT = 200  # characters: a refusal comes first
 _PHRASES = (
@@ -51,5 +52,5 @@ class RefusalPhrases(RewardSource):
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
     ) -> Scores:
         """As `RewardSource.score_rows`."""
-        refused = [float(is_refusal(prompt_text(completion))) for completion in completions]
+        refused = [float(is_refusal(completion_text(completion))) for completion in completions]
         return Scores(np.array(refused, np.float64), [None] * len(refused))

@@ -6,9 +6,11 @@ more attempts draws only what is new. Measuring is done anew each time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from infalign.estimators import difference_estimate, holm, share_estimate
 from infalign.estimators.intervals import UNBOUNDED
 from infalign.evaluation.results import Measured
 from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.rendering import moment_now
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
@@ -161,6 +164,11 @@ def audit(
     # Benign prompts are asked as they are: what is measured is what ordinary users would see.
     questions = plan_attempts(benign, settings.benign_attempts, Augmentation(())) if benign else None
     with RunFolder(out, "audit").writing():
+        moment = _moment(out)
+        attacks = attacks.rendered_at(moment)
+        questions = None if questions is None else questions.rendered_at(moment)
+        for source in (judge.source, refusal):
+            source.render_at(moment)
         models = [
             _measure(target, attacks, questions, judge, refusal, out / "rollouts" / target.label, settings, stage)
             for target in targets
@@ -178,6 +186,19 @@ def audit(
         )
         write_json(out / "audit.json", result.to_dict())
     return result
+
+
+def _moment(out: Path) -> str:
+    """When the audit was begun: chat templates with a date in them are rendered at that moment, however often."""
+    path = out / "rendered_at.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, str) and datetime.fromisoformat(found):
+            return found
+    except (OSError, ValueError):
+        pass
+    write_json(path, moment := moment_now())
+    return moment
 
 
 def _measure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +143,7 @@ def decode_command(
     from infalign.decode.answers import AnswerFile
     from infalign.decode.decoder import Decoder
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.rendering import moment_now
     from infalign.rollouts.score import FunctionReward, column_names
 
     wanted = [Prompt(prompt)] if prompt is not None else []
@@ -160,6 +162,11 @@ def decode_command(
     if isinstance(source, FunctionReward):
         source.require_columns([*column_names(wanted), "prompt_id"])
     found = None if calibration is None else open_calibration(calibration, source)
+    # Policy and reward are told one moment by chat templates with a date in them: the calibration's, if there is one.
+    moment = moment_now() if found is None else found.prompts[0].rendered_at
+    wanted = [replace(one, rendered_at=moment) for one in wanted]
+    if source is not None:
+        source.render_at(moment)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if endpoint is None:
         sampler, identity = _local(str(model), blend, settings, weights)

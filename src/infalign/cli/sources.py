@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,8 @@ def told_duplicates(prompts: PromptSet, source: str | Path) -> str:
 
 def as_message(prompt: Prompt) -> Prompt:
     """A prompt that is text as a user's chat message; one that is messages already as it is."""
-    from infalign.data import Prompt
-
     content = prompt.prompt
-    return Prompt([{"role": "user", "content": content}], prompt.row) if isinstance(content, str) else prompt
+    return replace(prompt, prompt=[{"role": "user", "content": content}]) if isinstance(content, str) else prompt
 
 
 def open_named_reward(
@@ -250,6 +248,8 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
     run = open_run(run_folder)
     own = run.rewards.source()
     reward = own if reward is None else reward
+    prompts = run.prompts("train")
+    reward.render_at(prompts[0].rendered_at)
     scored_by = [own.key] if run.rewards.combined else run.store("reference").reward_sources
     if reward.key not in scored_by:
         raise MismatchError(
@@ -263,4 +263,4 @@ def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibrati
         )
     files = sorted((run_folder / "calibration" / "calibrator").rglob("*.npy"))
     marks = [[str(path.relative_to(run_folder)), file_fingerprint(path)] for path in files]
-    return Calibration(reward, run.calibrator(), run.prompts("train"), fingerprint(marks))
+    return Calibration(reward, run.calibrator(), prompts, fingerprint(marks))

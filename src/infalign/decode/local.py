@@ -18,6 +18,7 @@ from infalign.rollouts.batches import Missing, rows_in_memory
 from infalign.rollouts.decode import decode, uniforms
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.policy import Adapter, LocalPolicy, Policy, UnfinishedError
+from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import end_tokens
 
 
@@ -187,7 +188,7 @@ class LocalSampler(PolicySampler):
         """What has been said so far, without the end token."""
         ended = beginning.finish_reason == "stop"
         shown = list(beginning.token_ids[:-1] if ended else beginning.token_ids)
-        return self._tokenizer.batch_decode([shown], skip_special_tokens=True)[0]
+        return response_texts(self._tokenizer, [self.prompt_tokens(beginning.prompt)], [shown])[0]
 
 
 def sampler_of(policy: Policy, **settings: Any) -> PolicySampler:

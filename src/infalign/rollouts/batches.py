@@ -17,6 +17,7 @@ from infalign.errors import InputError, MismatchError
 from infalign.rollouts.decode import decode, uniforms
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import context_length, excerpt
 from infalign.wording import counted
 
@@ -151,7 +152,7 @@ def draw_batch(
     return {
         "prompt_id": [one.prompt_id for one, _ in pairs],
         "index": [index for _, index in pairs],
-        "text": tokenizer.batch_decode(shown, skip_special_tokens=True),
+        "text": response_texts(tokenizer, [one.tokens for one, _ in pairs], shown),
         "token_ids": [one.token_ids for one in drawn_B],
         "logprob": [one.logprob for one in drawn_B],
         "num_tokens": [len(one.token_ids) for one in drawn_B],

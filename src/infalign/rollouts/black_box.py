@@ -20,6 +20,7 @@ from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rewards import FunctionReward, RewardSource, SequenceClassificationReward, import_function
 from infalign.rollouts.score import column_names, columns_of
 from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
 from infalign.wording import counted
 
@@ -137,16 +138,17 @@ def _decoded(
         return _by_beam_search(procedure.beam, policy, tokenizer, prompts, store.key.max_new_tokens)
     # The best of n takes samples n·index … n·index + n − 1 of each prompt.
     n, length = procedure.n or 1, store.key.max_new_tokens
+    tokens = prompt_token_ids(tokenizer, prompts)
     drawn = decode(
         policy,
-        prompt_token_ids(tokenizer, prompts),
+        tokens,
         np.repeat(np.arange(len(prompts)), n),
         np.stack([uniforms(store.key.seed, one.id, n * index + k, length) for one in prompts for k in range(n)]),
         end_tokens=end_tokens(policy, tokenizer),
         top_p=procedure.top_p or 1.0,
     )
     shown = [one.token_ids[:-1] if one.ended else one.token_ids for one in drawn]
-    texts = tokenizer.batch_decode(shown, skip_special_tokens=True)
+    texts = response_texts(tokenizer, [ids for ids in tokens for _ in range(n)], shown)
     chosen = range(len(prompts))
     if procedure.proxy is not None:
         owners = [one for one in prompts for _ in range(n)]
@@ -199,10 +201,10 @@ def _by_beam_search(
         eos_token_id=ends,
         pad_token_id=pad,
     )[:, longest:]
-    texts: list[str] = []
+    shown: list[list[int]] = []
     ended: list[bool] = []
     for row in out_BT.tolist():
         end = next((at for at, token in enumerate(row) if token in ends), None)
         ended.append(end is not None)
-        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
-    return texts, ended
+        shown.append(row[:end])
+    return response_texts(tokenizer, tokens, shown), ended

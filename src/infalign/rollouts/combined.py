@@ -35,6 +35,11 @@ class CombinedReward(RewardSource):
         digest = hashlib.sha256(repr(sorted(self.description.items())).encode()).hexdigest()[:12]
         self.key = f"combined@{digest}"
 
+    def render_at(self, moment: str | None) -> None:
+        """As `RewardSource.render_at`."""
+        for source in self.sources:
+            source.render_at(moment)
+
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
     ) -> Scores:

@@ -22,7 +22,8 @@ from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
-from infalign.rollouts.tokens import require_chat_template
+from infalign.rollouts.rendering import rendered_ids
+from infalign.rollouts.texts import shown
 from infalign.wording import counted
 
 Float = NDArray[np.float64]
@@ -64,9 +65,11 @@ class RewardSource(ABC):
     ) -> Scores:
         """Score B responses, saying of each that could not be scored why.
 
+        The sources here bring both into the form of `texts.shown` first; one of your own does that by calling it.
+
         Args:
             prompts: B prompts, as text or chat messages.
-            completions: B responses, as text or chat messages.
+            completions: B responses, in either form.
             **columns: Further columns of the data, each with B values.
 
         Raises:
@@ -77,12 +80,18 @@ class RewardSource(ABC):
         """Rewards of B responses, shape (B,); NaN where a response could not be scored. Errors as in `score_rows`."""
         return self.score_rows(prompts, completions, **columns).rewards
 
+    def render_at(self, moment: str | None) -> None:  # noqa: B027  most sources render nothing
+        """Let chat templates with a date in them be told this moment (`Prompt.rendered_at`)."""
+
     def __str__(self) -> str:
         return self.key
 
 
 class FunctionReward(RewardSource):
     """A Python function `f(prompts=…, completions=…, **columns) -> list of float`, as TRL's trainers take it.
+
+    Of text prompts, prompts and completions are strings; of chat prompts a prompt is its list of messages and a
+    completion `[{"role": "assistant", "content": …}]`. The function is shown the same at every stage.
 
     It may be async. It gets the columns that it has parameters for (all of them if it takes `**kwargs`). None as a
     reward marks that response as unscored. If the function raises, its rows are tried one by one and those that raise
@@ -144,6 +153,7 @@ class FunctionReward(RewardSource):
         Raises:
             RewardError: The function gave another number of rewards, or one that is NaN, infinite or not a number.
         """
+        prompts, completions = shown(prompts, completions)
         kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
         prompt_ids = list(columns.get("prompt_id", ()))
         try:
@@ -171,6 +181,11 @@ class FunctionReward(RewardSource):
                 rewards[row] = np.nan
                 errors.append(f"{type(error).__name__}: {error}")
         return Scores(rewards, errors)
+
+    def call_once(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Scores:
+        """As `score_rows`, for rows in just this form; it raises whatever the function raises."""
+        kept = {name: value for name, value in columns.items() if self._takes_all or name in self._takes}
+        return check_scores(self._call(prompts, completions, kept), len(completions), 0, str(self))
 
     def _call(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], columns: dict[str, Any]
@@ -214,6 +229,8 @@ def check_scores(
 class HTTPReward(RewardSource):
     """A server that scores: gets `{"prompts": [...], "completions": [...]}`, answers `{"rewards": [...]}`.
 
+    Prompts and completions have the form that a `FunctionReward` is shown.
+
     A null among the rewards marks that response as unscored; so does a request that fails for good.
 
     Args:
@@ -226,7 +243,7 @@ class HTTPReward(RewardSource):
     concurrent = True
 
     def __init__(self, endpoint: Endpoint, *, name: str, batch_size: int = 64, concurrency: int = 8) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._batch_size = batch_size
         self._concurrency = concurrency
         self.key = name
@@ -240,6 +257,7 @@ class HTTPReward(RewardSource):
         Raises:
             RewardError: The server gave another number of rewards, or one that is NaN, infinite or not a number.
         """
+        prompts, completions = shown(prompts, completions)
         starts, prompt_ids = range(0, len(completions), self._batch_size), list(columns.get("prompt_id", ()))
 
         def one(start: int) -> Scores:
@@ -247,7 +265,7 @@ class HTTPReward(RewardSource):
             content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
             count, of = len(content["completions"]), prompt_ids and prompt_ids[start:stop]
             try:
-                answer = self._endpoint.post("", content)
+                answer = self.endpoint.post("", content)
             except EndpointError as error:
                 return Scores(np.full(count, np.nan), [str(error)] * count)
             values = answer.get("rewards") if isinstance(answer, dict) else answer
@@ -303,8 +321,8 @@ class SequenceClassificationReward(RewardSource):
     Args:
         model: Folder or hub name.
         batch_size: Responses scored at the same time.
-        max_length: Longest input in tokens; longer ones lose their beginning, so that the response is judged whole. By
-            default what the model can hold.
+        max_length: Longest input in tokens; longer ones lose their beginning, but for special tokens, so that the
+            response is judged whole. By default, and at most, what the model can hold.
         append_end_token: Write the end token behind the text, as TRL's `RewardTrainer` does with plain text.
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Also accept weights that are not safetensors.
@@ -326,6 +344,7 @@ class SequenceClassificationReward(RewardSource):
         device: str | None = None,
     ) -> None:
         self.path = str(model)
+        self._rendered_at: str | None = None
         self.batch_size = batch_size
         self.max_length = max_length
         self.append_end_token = append_end_token
@@ -347,6 +366,10 @@ class SequenceClassificationReward(RewardSource):
     def __str__(self) -> str:
         return model_name(self.path)
 
+    def render_at(self, moment: str | None) -> None:
+        """As `RewardSource.render_at`."""
+        self._rendered_at = moment
+
     def score_rows(
         self, prompts: Sequence[PromptContent], completions: Sequence[PromptContent], **columns: Any
     ) -> Scores:
@@ -356,28 +379,14 @@ class SequenceClassificationReward(RewardSource):
             InputError: The prompts are messages and the tokenizer has no chat template.
             RewardError: The model gave NaN or infinity.
         """
-        import torch
+        from infalign.rollouts.classifier_input import cut, input_limit, scores
 
         model, tokenizer = self._load()
-        limit = self.max_length or _input_limit(model, tokenizer)
-        ids = self._token_ids(tokenizer, prompts, completions)
+        limit = input_limit(model, tokenizer, self.max_length)
+        ids = self._token_ids(tokenizer, *shown(prompts, completions))
         self.num_truncated += sum(len(one) > limit for one in ids)
-        # The end of the text is what is judged: a long prompt loses its beginning.
-        ids = [one[-limit:] for one in ids]
-        rewards = np.empty(len(ids))
-        order = np.argsort([-len(one) for one in ids], kind="stable")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        with torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                longest = len(ids[rows[0]])
-                ids_BL = torch.full((len(rows), longest), pad, dtype=torch.long)
-                mask_BL = torch.zeros(len(rows), longest, dtype=torch.long)
-                for b, row in enumerate(rows):
-                    ids_BL[b, : len(ids[row])] = torch.tensor(ids[row])
-                    mask_BL[b, : len(ids[row])] = 1
-                out = model(input_ids=ids_BL.to(model.device), attention_mask=mask_BL.to(model.device))
-                rewards[rows] = out.logits[:, 0].double().cpu().numpy()
+        ids = [cut(tokenizer, one, limit) for one in ids]
+        rewards = np.array(scores(model, tokenizer, ids, self.batch_size), dtype=np.float64)
         bad = np.flatnonzero(~np.isfinite(rewards))
         if len(bad):
             raise RewardError(f"the model gave {rewards[bad[0]]} for {counted(len(bad), 'response')}, the first "
@@ -394,9 +403,8 @@ class SequenceClassificationReward(RewardSource):
             if isinstance(prompt, str) and isinstance(completion, str):
                 texts[row] = prompt + completion + (tokenizer.eos_token if self.append_end_token else "")
                 continue
-            require_chat_template(tokenizer)
             messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-            out[row] = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+            out[row] = rendered_ids(tokenizer, messages, to_answer=False, at=self._rendered_at)
         if texts:
             encoded = tokenizer(list(texts.values()), padding=False, truncation=False, verbose=False)["input_ids"]
             for row, ids in zip(texts, encoded, strict=True):
@@ -434,8 +442,6 @@ class SequenceClassificationReward(RewardSource):
                 raise InputError(f"the model has {counted(model.config.num_labels, 'output')}", where=self.path,
                                  hint="A reward model has one")  # fmt: skip
             require_all_weights(loading, self.path)
-            if model.config.get_text_config().pad_token_id is None:
-                model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
             device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
             self._loaded = model.to(device).eval(), tokenizer
         return self._loaded
@@ -443,8 +449,3 @@ class SequenceClassificationReward(RewardSource):
 
 def _messages(content: PromptContent, role: str) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else content
-
-
-def _input_limit(model: Any, tokenizer: Any) -> int:
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    return min(int(limit) for limit in limits if limit is not None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from infalign.data import Prompt, PromptContent
+from infalign.data import Prompt, PromptContent, message_text
 from infalign.errors import InputError
+from infalign.rollouts.rendering import rendered_ids
 
 
 def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -24,24 +25,13 @@ def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int
     for i, prompt in enumerate(prompts):
         if i in texts:
             continue
-        require_chat_template(tokenizer)
-        encoded = tokenizer.apply_chat_template(
-            prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        out[i] = list(encoded["input_ids"])
+        assert not isinstance(prompt.prompt, str), "told apart above"
+        out[i] = rendered_ids(tokenizer, prompt.prompt, to_answer=True, at=prompt.rendered_at)
     for i, ids in enumerate(out):
         if not ids:
             raise InputError(f"prompt {i} has no tokens: {excerpt(prompts[i].prompt)}", where="prompts",
                              hint="Give a prompt, or a tokenizer that knows its words")  # fmt: skip
     return out
-
-
-def require_chat_template(tokenizer: Any) -> None:
-    """Raise InputError unless the tokenizer can render chat messages."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError("the prompts are chat messages, but the tokenizer has no chat template",
-                         where=str(getattr(tokenizer, "name_or_path", "tokenizer")),
-                         hint="Use a chat model, or give the prompts as text")  # fmt: skip
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -68,5 +58,5 @@ def context_length(model: Any) -> int | None:
 
 def excerpt(prompt: PromptContent, length: int = 60) -> str:
     """The beginning of a prompt, for a message."""
-    text = prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
+    text = prompt if isinstance(prompt, str) else " / ".join(message_text(message) for message in prompt)
     return repr(text if len(text) <= length else text[:length] + "…")

@@ -11,7 +11,8 @@ from typing import Any
 
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
-from infalign.rollouts.tokens import excerpt, require_chat_template
+from infalign.rollouts.rendering import rendered_text
+from infalign.rollouts.tokens import excerpt
 from infalign.wording import counted
 
 
@@ -67,8 +68,7 @@ class PromptTexts:
     def _shown(self, prompt: Prompt) -> str:
         if isinstance(prompt.prompt, str):
             return prompt.prompt
-        require_chat_template(self._tokenizer)
-        return self._tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=False)
+        return rendered_text(self._tokenizer, prompt.prompt, to_answer=True, at=prompt.rendered_at)
 
     def _through_tokens(self, text: str) -> str:
         """A text as it looks when it has been tokenized and decoded, which need not be what it was."""

@@ -53,7 +53,7 @@ def draw_for_evaluation(run: Run, name: str, model: str, number: int, progress: 
 
 def score_gold(run: Run, gold: GoldReward, progress: Progress) -> None:
     """Scores by a reward that training never saw, for every model's rollouts."""
-    source, prompts = open_reward(gold), run.prompts("evaluation")
+    source, prompts = run.rewards.open(gold), run.prompts("evaluation")
     if source.key in [one.key for one in run.rewards.sources()]:
         raise InputError(
             "this is a reward that is trained on, so it tells nothing new",

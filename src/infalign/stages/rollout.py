@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from infalign.data import Prompt
@@ -12,20 +11,21 @@ from infalign.rollouts.endpoint import ServedPolicy
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.progress import Progress
+from infalign.rollouts.rendering import moment_now
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import write_text
 from infalign.run_rewards import scored_by_all
-from infalign.stages.run import Run
+from infalign.stages.run import Run, moment_of, prompt_lines
 from infalign.wording import counted
 
 
 def write_prompts(run: Run, progress: Progress) -> None:
     """Training and evaluation prompts, written down once for all later stages."""
     train, evaluation = split_prompts(run.recipe)
+    # Written again, they are rendered at the moment that stored rollouts were.
+    moment = moment_of(run.out) or moment_now()
     for name, prompts in (("train", train), ("evaluation", evaluation)):
-        rows = [{"id": p.id, "prompt": p.prompt, "row": p.row} for p in prompts]
-        lines = [json.dumps(row, default=str) for row in rows]
-        write_text(run.out / "prompts" / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write_text(run.out / "prompts" / f"{name}.jsonl", prompt_lines(prompts.rendered_at(moment)))
     duplicates = train.duplicates + evaluation.duplicates
     told = f"{len(train)} training and {counted(len(evaluation), 'evaluation prompt')}"
     run.say(f"  {told}" + (f" ({counted(duplicates, 'duplicate')} left out)" if duplicates else ""))

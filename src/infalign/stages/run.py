@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Run:
         self.recipe = recipe
         self.out = out
         self.say = say
-        self.rewards = RunRewards(recipe, testbed_model=str(out / "models" / "reward"))
+        self.rewards = RunRewards(recipe, testbed_model=str(out / "models" / "reward"), moment=lambda: moment_of(out))
 
     @property
     def reference(self) -> str:
@@ -222,7 +223,26 @@ def read_prompts(run_folder: Path, side: str) -> PromptSet:
             f"the run's prompts cannot be read ({error.strerror})", where=str(path), hint="Is this a run folder?"
         ) from error
     rows = [json.loads(line) for line in lines if line]
-    return PromptSet(tuple(Prompt(row["prompt"], row["row"]) for row in rows))
+    return PromptSet(tuple(Prompt(row["prompt"], row["row"], rendered_at=row.get("rendered_at")) for row in rows))
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> str:
+    """Prompts as a folder keeps them, for `read_prompts`: JSON lines, with the moment that they are rendered at."""
+    rows = [{"id": p.id, "prompt": p.prompt, "row": p.row, "rendered_at": p.rendered_at} for p in prompts]
+    return "\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+def moment_of(run_folder: Path) -> str | None:
+    """The moment that a folder's chat prompts are rendered at (`Prompt.rendered_at`); None if it holds no prompts."""
+    for side in ("train", "evaluation"):
+        try:
+            with (run_folder / "prompts" / f"{side}.jsonl").open(encoding="utf-8") as lines:
+                moment = json.loads(next(lines)).get("rendered_at")
+                datetime.fromisoformat(moment)
+                return moment
+        except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+            continue  # what is wrong with the file is said by those who need its prompts
+    return None
 
 
 def run_of(model: str) -> Path | None:

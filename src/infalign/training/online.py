@@ -22,6 +22,7 @@ from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.processes import is_main, join
 from infalign.rollouts.progress import Progress
+from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training.baseline import Baseline, BaselineTrainer
 from infalign.training.kl_control import KLController
 from infalign.training.objective import FIXED, refuse_changed_objective
@@ -127,6 +128,7 @@ def align(
         tokenizer,
         reward,
         _training_rows(prompts, steps * prompts_per_step, seed),
+        dict(zip([prompt.id for prompt in prompts], prompt_token_ids(tokenizer, prompts), strict=True)),
         callback,
         lora,
         baseline,
@@ -245,6 +247,7 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     reward: TransformedReward,
     dataset: Dataset,
+    prompt_ids: Mapping[str, list[int]],
     callback: TrainerCallback,
     lora: Mapping[str, Any] | None,
     baseline: Baseline,
@@ -264,6 +267,7 @@ def _make_trainer(
             peft_config=None if lora is None else lora_config(lora),
         )
     trainer.on_rollouts = StepReport(reward)
+    trainer.prompt_ids = prompt_ids
     quiet(trainer)
     return trainer
 
@@ -274,9 +278,9 @@ def _training_rows(prompts: Sequence[Prompt], count: int, seed: int) -> Dataset:
     TRL's own shuffling starts afresh when a training resumes in a later epoch; an order that is part of the data does
     not.
     """
-    # The reward knows the prompts' other columns itself: a data set would coerce their types, and TRL has a use of its
-    # own for some names.
-    rows = [{"prompt": prompt.prompt, "prompt_id": prompt.id} for prompt in prompts]
+    # The reward knows prompts and columns itself, and the trainer their tokens: a data set would coerce their types and
+    # give every message the fields that another one has, and TRL has a use of its own for some names.
+    rows = [{"prompt": prompt.text, "prompt_id": prompt.id} for prompt in prompts]
     rng = np.random.default_rng(seed)
     rounds = [rng.permutation(len(prompts)) for _ in range(-(-count // len(prompts)))]
     return Dataset.from_list(rows).select(np.concatenate(rounds)[:count])

@@ -227,13 +227,17 @@ class TransformedReward:
     ) -> Float:
         """Raw rewards of responses to known prompts, shape (B,), or (B, M) of several sources.
 
+        After `take_columns_from` the source is shown the prompts and columns given there, and nothing that a trainer
+        adds, so that it sees what it saw when the references were scored.
+
         Raises:
             InputError: If a prompt's columns are to be taken from its row and the prompt is unknown.
             RewardError: If the source leaves a response without a finite score.
         """
         if self._prompt_of:
             self.rows(prompt_id)
-            columns |= columns_of([self._prompt_of[i] for i in prompt_id], self._columns)
+            known = [self._prompt_of[i] for i in prompt_id]
+            prompts, columns = [prompt.prompt for prompt in known], columns_of(known, self._columns)
         scores = self.source.score_rows(prompts, completions, **{**columns, "prompt_id": list(prompt_id)})
         rewards = scores.rewards
         finite_B = np.isfinite(rewards).reshape(len(rewards), -1).all(axis=1)

@@ -7,7 +7,7 @@ changes the training. Here the numbers belong to a rollout: (seed, step, place i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 
 from infalign.errors import InputError, TrainingError
 from infalign.rollouts.decode import decode, uniforms
+from infalign.rollouts.texts import response_texts, shown
 from infalign.training.running import ADVICE
 
 
@@ -29,13 +30,26 @@ class SequenceTrainer(RLOOTrainer):
     With vLLM, continuous batching, or weights that are spread over processes (FSDP, DeepSpeed) rollouts are TRL's own.
 
     Attributes:
+        prompt_ids: Token ids of the prompts by their column `prompt_id`, so that each is rendered as its references
+            were; None leaves that to TRL.
         on_rollouts: Called after each step's rollouts with the sequence log-ratios log π(y) − log p(y) in nats of all
             processes, in the order of the batch; what it returns is logged.
         log_ratio_B: Those of this process.
     """
 
     on_rollouts: Callable[[NDArray[np.float64]], dict[str, float]] | None = None
+    prompt_ids: Mapping[str, list[int]] | None = None
     _logprobs: list[torch.Tensor] | None = None
+    _inputs: Sequence[Mapping[str, Any]] = ()
+    _shown_ids: Sequence[Sequence[int]] = ()  # of the batch's prompts
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, Any]:
+        if self.prompt_ids is None or any("prompt_id" not in row for row in self._inputs):
+            found = super()._tokenize_prompts(prompts)
+        else:
+            found = [list(self.prompt_ids[row["prompt_id"]]) for row in self._inputs], None, {}
+        self._shown_ids = found[0]
+        return found
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching
@@ -75,8 +89,15 @@ class SequenceTrainer(RLOOTrainer):
             self._logprobs.append(found[0])
         return found
 
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        # TRL decodes a response alone, which is not what the references were scored on.
+        ends = set(self.eos_token_ids)
+        responses = [ids[:-1] if len(ids) and ids[-1] in ends else ids for ids in completion_ids_list]
+        texts = response_texts(self.processing_class, self._shown_ids, responses)
+        return super()._calculate_rewards(inputs, *shown(prompts, texts), completion_ids_list)
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._logprobs = []
+        self._logprobs, self._inputs = [], inputs
         scored = super()._generate_and_score_completions(inputs)
         (policy_BT, ref_BT), self._logprobs = self._logprobs, None  # in the order in which TRL computes them
         self.log_ratio_B = ((policy_BT - ref_BT) * scored["completion_mask"]).sum(1)
