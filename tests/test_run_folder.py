@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from infalign.errors import MismatchError, StorageError
-from infalign.run_folder import RunFolder, file_fingerprint, fingerprint, storage_failure, write_json
+from infalign.files import storage_failure, write_json
+from infalign.run_folder import RunFolder, file_fingerprint, fingerprint
 
 
 def test_fingerprint_ignores_key_order_but_not_content():
@@ -106,14 +108,26 @@ def test_a_file_in_the_way_is_a_storage_error(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
-def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path, monkeypatch):
-    target = tmp_path / "file.json"
-    write_json(target, 1)
-    # The temporary file of this process is a link to the device that refuses every byte.
-    (tmp_path / f"file.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+def test_a_full_disk_is_reported():
     with pytest.raises(StorageError, match="No space left"):
-        write_json(target, 2)
-    assert json.loads(target.read_text()) == 1
+        write_json(Path("/dev/full"), 2)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    folder, outside = RunFolder(tmp_path / "run", "demo"), tmp_path / "outside"
+    outside.write_text("mine")
+    (tmp_path / "run" / ".lock").symlink_to(outside)
+    with pytest.raises(StorageError, match=r"\.lock: this folder cannot be locked"), folder.writing():
+        pass
+    assert outside.read_text() == "mine"
+
+
+def test_a_folder_that_leads_elsewhere_is_refused(tmp_path):
+    RunFolder(tmp_path / "run", "demo")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "policies").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="policies: this is a link"):
+        RunFolder(tmp_path / "run", "demo")
 
 
 def test_one_process_at_a_time(tmp_path):

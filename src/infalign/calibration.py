@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from infalign.errors import InputError, StorageError
+from infalign.files import write_file, write_json
 from infalign.wording import counted
 
 Ties = Literal["midrank", "strict", "inclusive", "random"]
@@ -221,16 +223,14 @@ class RewardCalibrator:
         flat, ordered = self._fitted()
         path = Path(folder)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             # Written last: a save that was cut short has none, and is not mistaken for a calibrator.
             (path / "calibrator.json").unlink(missing_ok=True)
-            np.save(path / "rewards.npy", flat)
-            np.save(path / "sorted.npy", ordered)
-            np.save(path / "starts.npy", self._starts)
-            settings = {"format": _FORMAT, "ties": self.ties, "seed": self.seed, "num_prompts": self.num_prompts}
-            (path / "calibrator.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise StorageError(f"the calibrator cannot be saved ({error})", where=str(path)) from error
+            raise StorageError(f"cannot be written ({error.strerror})", where=str(path)) from error
+        for name, array in (("rewards", flat), ("sorted", ordered), ("starts", self._starts)):
+            write_file(path / f"{name}.npy", partial(np.save, arr=array))
+        settings = {"format": _FORMAT, "ties": self.ties, "seed": self.seed, "num_prompts": self.num_prompts}
+        write_json(path / "calibrator.json", settings)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RewardCalibrator:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from infalign.calibration import FloatArray, IntArray, RewardCalibrator, Ties, ranks_and_ties_left, resolve_ties
 from infalign.errors import InputError, StorageError
+from infalign.files import write_json
 
 _CHUNK = 1 << 22  # numbers held at once while ranking
 
@@ -184,10 +185,7 @@ class CombinedCalibrator:
         for m, calibrator in enumerate(self.calibrators):
             calibrator.save(path / str(m))
         settings = {"weights": self.weights.tolist(), "ties": self.ties, "seed": self.seed}
-        try:
-            (path / "combined.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"the calibrator cannot be saved ({error})", where=str(path)) from error
+        write_json(path / "combined.json", settings)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> CombinedCalibrator:

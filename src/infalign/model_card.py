@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult
 from infalign.evaluation.tied_limit import tie_notes
+from infalign.files import write_text
 from infalign.report.reshaped import prediction_rows, with_error
-from infalign.run_folder import write_text
 from infalign.training.landing import Landing
 from infalign.wording import counted
 

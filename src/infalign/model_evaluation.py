@@ -20,6 +20,7 @@ from infalign.evaluation.fresh import exact_kls, measure_store, with_record
 from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
+from infalign.files import write_json, write_text
 from infalign.procedures import InferenceProcedure
 from infalign.report.build import build_report
 from infalign.rollouts.key import RolloutKey
@@ -32,7 +33,7 @@ from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import excerpt, prompt_token_ids
-from infalign.run_folder import versions, write_json, write_text
+from infalign.run_folder import versions
 from infalign.stages.run import moment_of, prompt_lines, read_prompts, run_of
 from infalign.wording import counted, distinct
 

@@ -18,6 +18,7 @@ from infalign.calibration_report import CalibrationReport
 from infalign.checks import check_recipe
 from infalign.errors import InfalignError, StorageError
 from infalign.evaluation.record import Evaluation
+from infalign.files import storage_failure, write_json
 from infalign.inputs import prompts_fingerprint, source_fingerprint, testbed_fingerprint
 from infalign.recipe import Recipe
 from infalign.report.build import build_report
@@ -26,7 +27,7 @@ from infalign.report.table import text_table, through_lines
 from infalign.rollouts.black_box import decoder_key
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress, no_progress
-from infalign.run_folder import RECIPE, RunFolder, fingerprint, storage_failure, write_json
+from infalign.run_folder import RECIPE, RunFolder, fingerprint
 from infalign.run_rewards import open_reward
 from infalign.stages import calibrate, decoder, evaluate, reshape, rollout, testbed, train
 from infalign.stages.planned import PlannedTransform

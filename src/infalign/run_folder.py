@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from infalign.errors import MismatchError, StorageError
+from infalign.files import refuse_links_out, remove_unfinished, write_json
 
 FORMAT = 1
 RECIPE = "recipe.json"  # the recipe that a calibrated run was made with
@@ -79,6 +79,7 @@ class RunFolder:
                 raise MismatchError(
                     "this folder is not empty and holds no run", where=str(path), hint="Choose another with --out"
                 )
+            refuse_links_out(path)
             path.mkdir(parents=True, exist_ok=True)
             (path / "stages").mkdir(exist_ok=True)
             write_json(marker, {"name": name, "format": FORMAT})
@@ -103,7 +104,14 @@ class RunFolder:
             raise StorageError(
                 "another process is working in this folder", where=str(self.path), hint="Wait until it has ended"
             ) from error
+        except OSError as error:  # no permission, or a link in the lock's place
+            raise StorageError(
+                f"this folder cannot be locked ({error.strerror or error})",
+                where=str(self.path / ".lock"),
+                hint="Remove this file, or fix the folder's permissions",
+            ) from error
         try:
+            remove_unfinished(self.path, below=True)
             yield
         finally:
             lock.release()
@@ -172,35 +180,6 @@ class RunFolder:
         write_json(self.path / "stages" / f"{stage}.json", stamp.__dict__)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old content or the new, never half of it.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write text so that a reader sees the old content or the new, never half of it.
-
-    Raises:
-        StorageError: If it cannot be written.
-    """
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot be written ({error.strerror})",
-            where=str(path),
-            hint="Make room, or choose another folder with --out",
-        ) from error
-
-
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Setting by setting, where two fingerprints differ; those of a section as `section.setting`."""
     then, now = _flat(old), _flat(new)
@@ -222,17 +201,6 @@ def _flat(settings: Mapping[str, Any], within: str = "") -> dict[str, str]:
         else:
             out[f"{within}{key}"] = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return out
-
-
-def storage_failure(error: Exception) -> str | None:
-    """Why a file could not be read or written, if that is what this error says; libraries say it in several ways."""
-    if isinstance(error, OSError):
-        return str(error)
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
-        return str(error)
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "iostream error")):
-        return "a file could not be written to its end"  # PyTorch's own words say no more
-    return None
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from infalign import quadrature
 from infalign.errors import InputError, StorageError
+from infalign.files import write_text
 
 Array = npt.NDArray[np.float64]
 
@@ -101,10 +102,7 @@ class RewardTransform(ABC):
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise InputError(f"the notes are not JSON-ready ({error})", where=str(path)) from error
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"cannot write the transform ({error.strerror})", where=str(path)) from error
+        write_text(Path(path), text, parents=False)
 
     @staticmethod
     def load(path: str | Path) -> RewardTransform:

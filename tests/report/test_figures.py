@@ -88,5 +88,5 @@ class TestFigures:
         assert path.read_bytes().startswith(b"\x89PNG")
         with pytest.raises(InputError, match="nothing to draw"):
             figures.save_frontier_png(tmp_path / "f.png", [])
-        with pytest.raises(StorageError, match="cannot write the figure"):
+        with pytest.raises(StorageError, match="cannot be written"):
             figures.save_frontier_png(tmp_path / "absent" / "f.png", [frontier([renamed], "Best-of-4")])

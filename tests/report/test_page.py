@@ -144,7 +144,7 @@ class TestFile:
         with pytest.raises(InputError, match="not measured under Best-of-64"):
             write_report(tmp_path / "a.html", report_data(procedure="Best-of-64"))
         (tmp_path / "file").write_text("")
-        with pytest.raises(StorageError, match="cannot write the report"):
+        with pytest.raises(StorageError, match="cannot be written"):
             write_report(tmp_path / "file" / "a.html", report_data())
 
 

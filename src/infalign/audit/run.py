@@ -29,12 +29,13 @@ from infalign.errors import InputError
 from infalign.estimators import difference_estimate, holm, share_estimate
 from infalign.estimators.intervals import UNBOUNDED
 from infalign.evaluation.results import Measured
+from infalign.files import write_json
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.rendering import moment_now
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import RunFolder, write_json
+from infalign.run_folder import RunFolder
 from infalign.wording import counted
 
 Stage = Callable[[str], AbstractContextManager[Progress]]

@@ -16,11 +16,11 @@ from infalign.errors import InputError
 from infalign.evaluation.measure import measure
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
+from infalign.files import write_text
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.reshaped import TRIES, ReshapedPolicy
-from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
 
 KL_FILE = "kl.json"
@@ -64,7 +64,7 @@ def exact_kls(
         reference_policy, list(prompts), token_ids_PG, ref_token_ids_PK=ref_token_ids_PK, progress=progress
     )
     content = about | {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()}
-    write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+    write_text(path, json.dumps(content))
     return ratios.exact_kl_PG
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infalign.errors import InputError, StorageError
+from infalign.errors import InputError
 from infalign.evaluation.frontier import Frontier, FrontierPoint, family_of
 from infalign.evaluation.results import MethodResult
+from infalign.files import write_file
 
 Figure = dict[str, Any]
 
@@ -309,12 +311,7 @@ def save_frontier_png(path: str | Path, panels: Sequence[Frontier], *, title: st
     if title:
         figure.suptitle(title.replace("$", r"\$"))
     path = Path(path)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the figure ({error.strerror or error})", where=str(path), hint="Check folder and free space"
-        ) from error
+    write_file(path, partial(figure.savefig, format=path.suffix.lower().removeprefix(".") or "png"), parents=False)
     return path
 
 

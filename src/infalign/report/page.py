@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infalign.errors import InputError, StorageError
+from infalign.errors import InputError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
 from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.runs import MatchedDifference
+from infalign.files import write_text
 from infalign.report import curves, figures
 from infalign.report.reshaped import cost_rows, prediction_rows, shape_figures
 from infalign.report.words import (
@@ -168,16 +169,7 @@ def write_page(path: Path, text: str) -> Path:
     Raises:
         StorageError: If the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A page that was cut off half-way must not stand in for a whole one.
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the report ({error.strerror or error})", where=str(path), hint="Check folder and free space"
-        ) from error
+    write_text(path, text)
     return path
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from infalign.errors import InputError, StorageError
+from infalign.errors import InputError
+from infalign.files import write_file, write_text
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 from infalign.quadrature import expit
 from infalign.theory.optimal import optimal_transform
@@ -173,8 +175,6 @@ def draw(panels: Sequence[Panel], path: str | Path) -> None:
         raise InputError(
             f"drawing needs {error.name}, which is not installed", where="--plot", hint="Install infalign[report]"
         ) from error
-    except OSError as error:
-        raise StorageError(f"cannot write the figure ({error.strerror})", where=str(path)) from error
 
 
 def draw_gallery(folder: str | Path, ending: str = "svg") -> list[Path]:
@@ -230,7 +230,9 @@ def _draw_image(panels: Sequence[Panel], path: Path) -> None:
             axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             axes.grid(alpha=0.25)
             axes.legend(fontsize=8, frameon=False)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        ending = path.suffix.lower().removeprefix(".")
+        metadata = {"Date": None} if ending == "svg" else None
+        write_file(path, partial(figure.savefig, format=ending, dpi=150, metadata=metadata), parents=False)
 
 
 def _draw_html(panels: Sequence[Panel], path: Path) -> None:
@@ -256,4 +258,4 @@ def _draw_html(panels: Sequence[Panel], path: Path) -> None:
         figure.update_xaxes(title_text=panel.x_label, row=1, col=column)
         figure.update_yaxes(title_text=panel.y_label, row=1, col=column)
     figure.update_layout(template="plotly_white", hovermode="closest")
-    path.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True), parents=False)

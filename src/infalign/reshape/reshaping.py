@@ -14,6 +14,7 @@ from scipy import optimize as _optimize  # pyright: ignore[reportMissingTypeStub
 
 from infalign.errors import InputError
 from infalign.estimators.clustered import Estimate
+from infalign.files import write_json
 from infalign.special import logsumexp
 
 Float = NDArray[np.float64]
@@ -256,8 +257,12 @@ class Reshaping:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write it as JSON.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Reshaping:

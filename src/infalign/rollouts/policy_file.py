@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infalign.errors import InputError, StorageError
+from infalign.errors import InputError
+from infalign.files import write_json
 
 NAME = "policy.json"
 MIXTURE, RESHAPED = "mixture", "reshaped"
@@ -81,13 +82,7 @@ def write_policy_file(folder: str | Path, file: PolicyFile, reshaping: Mapping[s
     content |= dict(file.settings)
     if reshaping is not None:
         content["reshaping"] = dict(reshaping)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        part = target / f"{NAME}.part"
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(target / NAME)
-    except OSError as error:
-        raise StorageError(f"the policy cannot be written ({error.strerror})", where=str(target)) from error
+    write_json(target / NAME, content)
 
 
 def _weights(content: Mapping[str, Any]) -> list[float]:

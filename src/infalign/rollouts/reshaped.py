@@ -13,6 +13,7 @@ import numpy as np
 
 from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
+from infalign.files import write_text
 from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
@@ -22,7 +23,6 @@ from infalign.rollouts.logprobs import LogRatios, flat_responses
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
 from infalign.rollouts.progress import Progress
-from infalign.rollouts.shards import write_atomically
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids
 
@@ -406,7 +406,7 @@ def _add_tries(path: Path, before: Tries, after: Tries) -> None:
     }
     if content["tries"]:
         content["acceptance"] = content["accepted"] / content["tries"]
-        write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+        write_text(path, json.dumps(content))
 
 
 def _relative(logprob_CB: Float) -> Float:

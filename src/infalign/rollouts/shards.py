@@ -7,9 +7,8 @@ file lock that the system itself releases when a process dies; readers need no l
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from infalign.errors import StorageError
+from infalign.files import HINT, remove_unfinished, write_file
 
 _SHARD = re.compile(r"\d{6,}\.parquet")
 
@@ -75,7 +75,7 @@ class ShardLog:
             raise StorageError(f"the folder cannot be written ({error})", where=str(self.folder)) from error
         try:
             if self._lock.lock_counter == 1:
-                self._remove_unfinished()
+                remove_unfinished(self.folder)
             yield
         finally:
             self._lock.release()
@@ -90,46 +90,13 @@ class ShardLog:
             shards = self.shards
             number = int(shards[-1].stem) + 1 if shards else 0
             final = self.folder / f"{number:06d}.parquet"
-            write_atomically(final, lambda path: pq.write_table(table.cast(self.schema), path))
+            try:
+                write_file(final, lambda file: pq.write_table(table.cast(self.schema), file))
+            except pa.ArrowException as error:
+                raise StorageError(f"cannot be written ({error})", where=str(final), hint=HINT) from error
             return final
-
-    def _remove_unfinished(self) -> None:
-        for path in self.folder.glob(".*.part"):
-            path.unlink(missing_ok=True)
 
 
 def _read_shard(shard: Path, schema: pa.Schema) -> pa.Table:
     with pq.ParquetFile(shard) as file:
         return file.read(columns=schema.names).cast(schema)
-
-
-def write_atomically(final: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file, and give it its name only when it is complete and on the disk.
-
-    Raises:
-        StorageError: The disk is full or the folder cannot be written; there is no new file then.
-    """
-    part = final.with_name(f".{final.name}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(final)
-        _sync_folder(final.parent)
-    except (OSError, pa.ArrowException) as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(
-            f"the file cannot be written ({error})",
-            where=str(final),
-            hint="Free some space or fix the permissions, and start again: nothing is lost",
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened, nor needs to be
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infalign.errors import InputError, MismatchError, StorageError
+from infalign.files import write_json
 from infalign.rollouts.key import RolloutKey, model_fingerprint
-from infalign.rollouts.shards import ShardLog, write_atomically
+from infalign.rollouts.shards import ShardLog
 from infalign.wording import counted
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class RolloutStore:
                 raise StorageError("there are rollouts but no manifest that says what made them", where=str(folder),
                                    hint="Use another folder")  # fmt: skip
             _make_folder(folder)
-            _write_json(manifest, {"format": _FORMAT, "key": key.to_dict()})
+            write_json(manifest, {"format": _FORMAT, "key": key.to_dict()})
             return cls(folder, key)
         stored = _read_json(manifest)
         if stored.get("format") != _FORMAT:
@@ -260,7 +261,7 @@ class RolloutStore:
             path = log.folder / "source.json"
             wanted = {"key": source_key, "description": dict(description or {})}
             if not path.exists():
-                _write_json(path, wanted)
+                write_json(path, wanted)
             elif description is not None:
                 there = _read_json(path)["description"]
                 different = [f"{name} was {there.get(name)!r} and is now {wanted['description'].get(name)!r}"
@@ -421,10 +422,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the folder cannot be made ({error})", where=str(folder)) from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 from infalign.calibration_report import calibration_report
 from infalign.checks import plan_transforms
 from infalign.errors import InputError
+from infalign.files import write_json
 from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.progress import Progress
-from infalign.run_folder import write_json
 from infalign.run_rewards import scored_by_all
 from infalign.stages.run import Run
 from infalign.theory.finite_k import finite_k_prediction

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from infalign.calibration import RewardCalibrator
 from infalign.estimators import mean_estimate, paired_difference, win_rate
 from infalign.evaluation.results import Measured
+from infalign.files import write_json
 from infalign.procedures import FittedProcedure, Standard
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.rollouts.black_box import decoder_key, run_decoder
@@ -18,7 +19,6 @@ from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import write_json
 from infalign.stages.run import Run
 
 PROCEDURE, THROUGH = "procedure.json", "through.json"

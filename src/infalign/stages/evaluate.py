@@ -10,11 +10,12 @@ from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store, with_record
 from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
+from infalign.files import write_json
 from infalign.recipe import GoldReward
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.score import score_store
-from infalign.run_folder import versions, write_json
+from infalign.run_folder import versions
 from infalign.run_rewards import open_reward
 from infalign.stages.card import write_card
 from infalign.stages.rollout import draw

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from infalign.data import Prompt
+from infalign.files import write_text
 from infalign.inputs import split_prompts
 from infalign.recipe import RolloutEndpoint
 from infalign.rollouts.endpoint import ServedPolicy
@@ -13,7 +14,6 @@ from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.rendering import moment_now
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import write_text
 from infalign.run_rewards import scored_by_all
 from infalign.stages.run import Run, moment_of, prompt_lines
 from infalign.wording import counted

@@ -7,10 +7,8 @@ A folder appears under its name only when it is complete.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +33,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from infalign.errors import InputError, StorageError, TrainingError
+from infalign.files import new_folder, write_json
 from infalign.testbed.examples import Example, Pair
 from infalign.testbed.quiet import quiet
 from infalign.testbed.tokenizer import train_tokenizer
@@ -449,7 +448,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, result: Any, spec: Any, seed
     tokenizer.save_pretrained(folder)
     metrics = asdict(result) | {"spec": asdict(spec), "seed": seed}
     del metrics["path"]
-    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / METRICS_FILE, metrics)
 
 
 @contextlib.contextmanager
@@ -458,19 +457,8 @@ def _complete_folder(out_dir: Path) -> Iterator[Path]:
     ours = not out_dir.exists() or (out_dir / METRICS_FILE).is_file() or not any(out_dir.iterdir())
     if not ours:
         raise StorageError("the folder holds something else", where=str(out_dir), hint="Give a new or an empty folder")
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(out_dir, ignore_errors=True)
-        partial.rename(out_dir)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"cannot write: {error.strerror or error}", where=str(out_dir)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out_dir) as folder:
+        yield folder
 
 
 @contextlib.contextmanager

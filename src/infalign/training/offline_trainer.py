@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import selective_log_softmax
 
 from infalign.errors import TrainingError
+from infalign.files import write_text
 from infalign.rollouts.progress import Progress
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss
@@ -149,7 +150,7 @@ class Recorder(TrainerCallback):
         kl = self.fresh.kl if self.fresh is not None else logs["importance_kl"] if self.shows_kl else None
         self.steps.append(OfflineStep(state.global_step, logs["loss"], self.loss.beta, kl, logs["log_ratio"]))
         if state.is_world_process_zero:
-            self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
+            write_text(self.record, "".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
         if self.progress is not None:
             shown = "" if kl is None else f"KL about {kl:.2f}  "
             self.progress(state.global_step, self.total_steps, f"{shown}loss {logs['loss']:.3g}")

@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from infalign.data import Prompt
 from infalign.errors import InputError, TrainingError
+from infalign.files import refuse_file_links, remove, write_text
 from infalign.processes import is_main, wait_for_all
 from infalign.rollouts.models import load_policy
 from infalign.training.landing import Landing, land
@@ -115,9 +116,7 @@ def keep_state(args: Any, state: Any, content: Mapping[str, Any]) -> None:
     wait_for_all()  # each process writes a part of the checkpoint
     checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     if state.is_world_process_zero and checkpoint.is_dir():
-        temporary = checkpoint / (STATE + ".tmp")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(checkpoint / STATE)
+        write_text(checkpoint / STATE, json.dumps(content))
 
 
 def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path | None], None]) -> None:
@@ -132,12 +131,16 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path |
     Raises:
         TrainingError: As for `run_trainer`.
     """
+    refuse_file_links(out / "checkpoints")
     if is_main():  # it removes what was cut short
         last_checkpoint(out / "checkpoints")
     wait_for_all()
     checkpoint = last_checkpoint(out / "checkpoints")
     restore(checkpoint)
     run_trainer(trainer, checkpoint)
+    wait_for_all()
+    if is_main():  # so that nothing of another attempt, and no link, is written through
+        remove(out / "model")
     wait_for_all()
     trainer.save_model(str(out / "model"))
     if is_main():
@@ -241,9 +244,7 @@ def write_result(out: Path, result: AlignmentResult[Any], keep_checkpoints: bool
         "landing": None if result.landing is None else asdict(result.landing),
         "steps": [asdict(step) for step in result.steps],
     }
-    temporary = out / "result.json.tmp"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(out / "result.json")
+    write_text(out / "result.json", json.dumps(content))
     if not keep_checkpoints:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     for path in (out / "checkpoints").glob("checkpoint-*/*"):

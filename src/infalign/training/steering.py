@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from infalign.errors import TrainingError
+from infalign.files import write_text
 from infalign.rollouts.progress import Progress
 from infalign.training.kl_control import KLController
 from infalign.training.reward import TransformedReward
@@ -123,4 +124,4 @@ class Steering(TrainerCallback):
         keep_state(args, state, content)
 
     def _write_steps(self) -> None:
-        self.record.write_text("".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
+        write_text(self.record, "".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
