@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
+from infalign.files import write_json
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Goal, Reshaping, ReshapingData, fit_reshaping_to, predict_reshaping
 from infalign.reshape.histogram import log_ratio_histogram
@@ -25,7 +26,6 @@ from infalign.rollouts.policy import Policy
 from infalign.rollouts.policy_file import MIXTURE, RESHAPED, PolicyFile, write_policy_file
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import write_json
 from infalign.run_rewards import scored_by_all
 from infalign.stages.card import write_card
 from infalign.stages.planned import PlannedTransform

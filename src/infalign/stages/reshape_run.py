@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infalign.errors import InputError
+from infalign.files import write_json
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Goal, Reshaping, Split, best_split
 from infalign.reshape.histogram import log_ratio_histogram
 from infalign.rollouts.progress import Progress
-from infalign.run_folder import RunFolder, write_json
+from infalign.run_folder import RunFolder
 from infalign.stages.distil import Distillation, distil, measure_distilled
 from infalign.stages.reshape import FILE, KINDS, choose, reshaping_data, write_policy
 from infalign.stages.run import Run, open_run
