@@ -100,6 +100,7 @@ def decode_command(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Prompts answered, and written, together.", show_default=False)
     ] = None,
+    trust_run: options.TrustRun = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
     as_json: options.Json = False,
@@ -130,6 +131,8 @@ def decode_command(
                 "--aligned-weight": aligned_weight,
             },
         )
+    if calibration is None:
+        options.refuse_idle("decode", "without --calibration", {"--trust-run": trust_run or None})
     concurrency = concurrency or 16
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
@@ -154,7 +157,7 @@ def decode_command(
     source = None if reward is None else open_named_reward(reward, **weights)
     if isinstance(source, FunctionReward):
         source.require_columns([*column_names(wanted), "prompt_id"])
-    found = None if calibration is None else open_calibration(calibration, source)
+    found = None if calibration is None else open_calibration(calibration, source, trust_run=trust_run, **weights)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if endpoint is None:
         sampler, identity = _local(str(model), settings, weights)

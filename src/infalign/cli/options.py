@@ -41,6 +41,10 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Long
 Temperature = Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")]
 TopP = Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
+TrustRun = Annotated[
+    bool,
+    typer.Option("--trust-run", help="Import the functions and ask the servers that the run folder names as rewards."),
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")]
 AlignedName = Annotated[
     str | None,

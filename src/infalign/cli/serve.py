@@ -82,6 +82,7 @@ def serve_command(
     upstream_key_variable: Annotated[
         str | None, typer.Option("--upstream-key-variable", help="Environment variable with the upstream's key.")
     ] = None,
+    trust_run: options.TrustRun = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
@@ -105,6 +106,8 @@ def serve_command(
         )
     else:
         options.refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
+    if calibration is None:
+        options.refuse_idle("serve", "without --calibration", {"--trust-run": trust_run or None})
     batch_size, concurrency = batch_size or 16, concurrency or 16
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
@@ -134,7 +137,7 @@ def serve_command(
     # Somebody waits: better a quick error than a patient answer.
     patience: dict[str, Any] = {"timeout": timeout, "retries": 1, "first_wait": 0.2}
     source = None if reward is None else open_named_reward(reward, **weights, **patience)
-    found = None if calibration is None else open_calibration(calibration, source)
+    found = None if calibration is None else open_calibration(calibration, source, trust_run=trust_run, **weights)
     source = source if found is None else found.reward
     _require_no_columns(source)
     served = Served(

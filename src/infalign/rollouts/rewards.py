@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import inspect
 import numbers
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
 from infalign.rollouts.tokens import require_chat_template
+from infalign.rollouts.user_code import extend_path, in_the_way
 from infalign.wording import counted
 
 Float = NDArray[np.float64]
@@ -273,14 +273,15 @@ def import_function(name: str, kind: str = "reward function") -> Callable[..., A
     hint = "Write it as module:function, with the module importable from the current folder"
     if not module_name or not function_name:
         raise InputError(f"{name!r} does not name a function", where=kind, hint=hint)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    extend_path()
+    module: Any = None
     try:
-        found: Any = importlib.import_module(module_name)
+        found = module = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever the user's module does when it is imported
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+        reason = reason if module is None else in_the_way(module) or reason
         raise InputError(f"the function cannot be imported ({reason})", where=f"{kind} {name}", hint=hint) from error
     if not callable(found):
         raise InputError("this is not a function", where=f"{kind} {name}", hint=hint)

@@ -33,6 +33,7 @@ from infalign.stages.card import write_card
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run, open_run
+from infalign.stages.trust import Trust
 
 Float = NDArray[np.float64]
 
@@ -274,6 +275,7 @@ class ReshapeRequest:
         num_samples: Rollouts of the aligned model per calibration prompt.
         split: Also say how to split the candidates of the procedure between the two models.
         out: Folder of the policy; one in the run folder if None.
+        trust: What the run's recipe is allowed; nothing by default.
     """
 
     method: str | None = None
@@ -283,6 +285,7 @@ class ReshapeRequest:
     num_samples: int = 32
     split: bool = False
     out: Path | None = None
+    trust: Trust | None = None
 
 
 def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> dict[str, Any]:
@@ -300,7 +303,7 @@ def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> di
         InputError: If there is no such model, or the run kept no prompts aside to fit on.
         StorageError: If the folder holds no calibrated run, or cannot be written.
     """
-    run = open_run(folder)
+    run = open_run(folder, request.trust)
     planned = {one.name: one for one in run.planned()}
     name = request.method or next(iter(planned))
     if name not in planned or not run.policy_folder(name).is_dir():
