@@ -76,9 +76,8 @@ def serve_command(
             show_default=False,
         ),
     ] = None,
-    api_key_variable: Annotated[
-        str | None, typer.Option("--api-key-variable", help="Environment variable with the key clients must send.")
-    ] = None,
+    allowed_host: options.AllowedHost = None,
+    api_key_variable: options.ApiKeyVariable = None,
     upstream_key_variable: Annotated[
         str | None, typer.Option("--upstream-key-variable", help="Environment variable with the upstream's key.")
     ] = None,
@@ -112,12 +111,12 @@ def serve_command(
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
     chosen = parse_procedure(procedure, n, k)
-    key = _key(api_key_variable, "--api-key-variable")
-    _key(upstream_key_variable, "--upstream-key-variable")
+    key = options.read_key(api_key_variable)
+    options.read_key(upstream_key_variable, "--upstream-key-variable")
     reporter.say("Loading libraries …")
     from infalign.decode.decoder import Decoder
     from infalign.serving.app import ProcedureServer, Served
-    from infalign.serving.web import listen, run_app
+    from infalign.serving.web import check_host, listen, run_app
 
     # Before models are loaded, so that an address that cannot be had is said at once.
     listener = context.with_resource(listen(host, port))
@@ -162,6 +161,7 @@ def serve_command(
         **settings,
     )
     server = ProcedureServer(served)
+    check_host(server.app, host, allowed_host or ())
     reporter.say(
         f"{chosen.label} of {served.name!r} by {source or 'no reward'}, up to {counted(queue, 'request')} at a time"
     )
@@ -179,16 +179,6 @@ def serve_command(
         reporter.say(f"Stopped with {counted(server.num_open, 'request')} unfinished.")
         os._exit(1)
     reporter.say("Stopped.")
-
-
-def _key(variable: str | None, option: str) -> str | None:
-    """The key in an environment variable."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "")
-    if not key.strip():
-        raise InputError(f"the environment variable {variable} is not set", where=option, hint="Put the key into it")
-    return key.strip()
 
 
 def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
