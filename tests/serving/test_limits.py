@@ -172,8 +172,9 @@ def test_only_where_all_are_being_answered_a_new_one_is_turned_away():
 HOSTS = [
     ("localhost", True), ("localhost:8000", True), ("LOCALHOST:1", True), ("127.0.0.1", True), ("127.0.0.1:80", True),
     ("127.8.9.1", True), ("[::1]", True), ("[::1]:80", True), ("localhost.", True), ("proxy.example:443", True),
-    ("evil.example", False), ("evil.example:8000", False), ("localhost.evil.example", False), 
-    ("127.0.0.1.nip.io", False),    ("", False), ("0.0.0.0", False), ("10.0.0.1:80", False), ("[fe80::1]", False), ("127.0.0.1@evil.example", False),
+    ("evil.example", False), ("evil.example:8000", False), ("localhost.evil.example", False),
+    ("127.0.0.1.nip.io", False),
+    ("", False), ("0.0.0.0", False), ("10.0.0.1:80", False), ("[fe80::1]", False), ("127.0.0.1@evil.example", False),
     ("evil.example:127.0.0.1", False), ("[", False), ("localhost,evil.example", False),
 ]  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from infalign.cli.sources import (
 )
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
-from infalign.wording import counted, visible
+from infalign.wording import counted, json_text, visible
 
 if TYPE_CHECKING:
     from infalign.data import Prompt
@@ -283,7 +282,7 @@ def _show(
             "out": None if out is None else str(out),
             "answers": [answer_row(one) for one in answers] if out is None else None,
         }
-        typer.echo(json.dumps(summary, ensure_ascii=False))
+        typer.echo(json_text(summary))
         return
     console = Console(highlight=False, emoji=False)
     if out is None:
@@ -292,10 +291,12 @@ def _show(
                 console.rule(characters="─")
                 console.print(visible(one.prompt.text), style="dim", markup=False, soft_wrap=True)
             console.print(visible(one.chosen.text), markup=False, soft_wrap=True)
-            console.print(_line(one), style="cyan", markup=False, soft_wrap=True)
+            console.print(visible(_line(one)), style="cyan", markup=False, soft_wrap=True)
     else:
         there = f"; {before} {'was' if before == 1 else 'were'} there" if before else ""
-        console.print(f"{counted(len(answers), 'prompt')} answered{there}: {out}", markup=False, soft_wrap=True)
+        console.print(
+            visible(f"{counted(len(answers), 'prompt')} answered{there}: {out}"), markup=False, soft_wrap=True
+        )
     if len(answers) > 1:
         n = decoder.procedure.n or 1
         saved = f" of at most {n * len(answers):,}" if drawn < n * len(answers) else ""
