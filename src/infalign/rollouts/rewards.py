@@ -409,32 +409,12 @@ class SequenceClassificationReward(RewardSource):
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             import torch
-            from safetensors import SafetensorError
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            from infalign.rollouts.models import require_all_weights
+            from infalign.rollouts.models import load_classifier
 
-            try:
-                tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
-                model: Any
-                model, loading = AutoModelForSequenceClassification.from_pretrained(
-                    self.path,
-                    trust_remote_code=self._trust_remote_code,
-                    use_safetensors=None if self._allow_pickle else True,
-                    dtype="auto" if torch.cuda.is_available() else torch.float32,
-                    output_loading_info=True,
-                )
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-                reason = str(error).strip().split("\n", maxsplit=1)[0]
-                raise InputError(
-                    f"no sequence-classification model can be loaded ({reason})",
-                    where=self.path,
-                    hint="Give a folder with config.json, model.safetensors and a tokenizer",
-                ) from error
-            if model.config.num_labels != 1:
-                raise InputError(f"the model has {counted(model.config.num_labels, 'output')}", where=self.path,
-                                 hint="A reward model has one")  # fmt: skip
-            require_all_weights(loading, self.path)
+            model, tokenizer = load_classifier(
+                self.path, trust_remote_code=self._trust_remote_code, allow_pickle=self._allow_pickle
+            )
             if model.config.get_text_config().pad_token_id is None:
                 model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
             device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")

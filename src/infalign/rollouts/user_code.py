@@ -10,10 +10,8 @@ _folders: list[str] = []
 
 
 def look_in(*folders: Path) -> None:
-    """Let functions be imported from these folders too, once one is named; until then nothing is."""
-    for folder in folders:
-        if (name := str(folder.resolve())) not in _folders:
-            _folders.append(name)
+    """Let functions be imported from these folders too, once one is named; they replace those given before."""
+    _folders[:] = [str(folder.resolve()) for folder in folders]
 
 
 def extend_path() -> None:
