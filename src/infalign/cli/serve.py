@@ -191,12 +191,7 @@ def _local(model: str, weights: dict[str, Any], settings: dict[str, Any]) -> tup
     policy = open_policy(model, **weights)
 
     def count(prompt: Prompt) -> int:
-        from jinja2 import TemplateError
-
-        try:
-            return len(prompt_token_ids(policy.tokenizer, [prompt])[0])
-        except TemplateError as error:  # templates refuse what they cannot show, such as two user turns in a row
-            raise InputError(f"the model's chat template refuses these messages ({error})", where="messages") from error
+        return len(prompt_token_ids(policy.tokenizer, [prompt])[0])
 
     return sampler_of(policy, **settings), count
 

@@ -21,6 +21,7 @@ from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
+from infalign.rollouts.template_errors import explaining
 from infalign.rollouts.tokens import require_chat_template
 from infalign.rollouts.user_code import extend_path, in_the_way
 from infalign.wording import counted
@@ -397,7 +398,8 @@ class SequenceClassificationReward(RewardSource):
                 continue
             require_chat_template(tokenizer)
             messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-            out[row] = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+            with explaining(tokenizer):
+                out[row] = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
         if texts:
             encoded = tokenizer(list(texts.values()), padding=False, truncation=False, verbose=False)["input_ids"]
             for row, ids in zip(texts, encoded, strict=True):

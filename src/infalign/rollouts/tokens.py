@@ -7,6 +7,7 @@ from typing import Any
 
 from infalign.data import Prompt, PromptContent
 from infalign.errors import InputError
+from infalign.rollouts.template_errors import explaining
 
 
 def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -25,9 +26,10 @@ def prompt_token_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int
         if i in texts:
             continue
         require_chat_template(tokenizer)
-        encoded = tokenizer.apply_chat_template(
-            prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        with explaining(tokenizer):
+            encoded = tokenizer.apply_chat_template(
+                prompt.prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
         out[i] = list(encoded["input_ids"])
     for i, ids in enumerate(out):
         if not ids:

@@ -11,6 +11,7 @@ from typing import Any
 
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
+from infalign.rollouts.template_errors import explaining
 from infalign.rollouts.tokens import excerpt, require_chat_template
 from infalign.wording import counted
 
@@ -68,7 +69,8 @@ class PromptTexts:
         if isinstance(prompt.prompt, str):
             return prompt.prompt
         require_chat_template(self._tokenizer)
-        return self._tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=False)
+        with explaining(self._tokenizer):
+            return self._tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True, tokenize=False)
 
     def _through_tokens(self, text: str) -> str:
         """A text as it looks when it has been tokenized and decoded, which need not be what it was."""
