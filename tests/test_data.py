@@ -169,3 +169,29 @@ def test_split_agrees_with_the_shared_one():
     for prompt in prompts:
         assert group_key(prompt.prompt) == shared_split.group_key(prompt.prompt)
         assert is_held_out(prompt.prompt, 0.1) == shared_split.is_held(prompt.prompt, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_split_is_said_with_the_splits_that_there_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved")
+    rows.save_to_disk(tmp_path / "single")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "folder" / "test.jsonl").write_text('{"prompt": "b"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    for name, split, told in [
+        ("saved", "valid", "there is no split 'valid'. Did you mean 'validation'? There are: train, validation"),
+        ("folder", "tset", "there is no split 'tset'. Did you mean 'test'? There are: "),
+        ("single", "test", "there is no split 'test'. There are: train"),
+        ("rows.jsonl", "valid", "a file has no split 'valid'"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            read_rows(tmp_path / name, split=split)
+        assert told in str(caught.value), str(caught.value)
+        assert "KeyError" not in str(caught.value)
+    assert read_rows(tmp_path / "saved", split="validation") == [{"prompt": "a"}, {"prompt": "b"}]
+    assert read_rows(tmp_path / "single", split="train")[0] == {"prompt": "a"}
+    assert read_rows(tmp_path / "folder", split="test") == [{"prompt": "b"}]
+    assert read_rows(tmp_path / "rows.jsonl", split="train") == [{"prompt": "a"}]

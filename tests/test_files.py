@@ -12,6 +12,7 @@ import pytest
 
 from infalign.errors import InputError, StorageError
 from infalign.files import (
+    disk_failure,
     new_folder,
     plain_name,
     refuse_links_out,
@@ -138,3 +139,33 @@ def test_plain_names(name: str) -> None:
 def test_names_that_are_paths_are_refused(name: object) -> None:
     with pytest.raises(InputError, match="cannot be the name of a file"):
         plain_name(name, "plan.json")
+
+
+def test_a_full_disk_while_a_tokenizer_or_a_model_is_saved(tmp_path: Path) -> None:
+    """Libraries in Rust have exceptions of their own; a process that may write no more than 1,000 bytes to a file."""
+    code = """
+import resource, sys
+from pathlib import Path
+from infalign.files import disk_failure, storage_failure
+from infalign.testbed.toy import random_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = random_llama(Path(sys.argv[1]) / "model", spread=1.0, max_length=32, seed=0)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for one in (tokenizer, model):
+    try:
+        one.save_pretrained(Path(sys.argv[1]) / "again")
+    except Exception as error:
+        print(type(error).__name__, storage_failure(error), disk_failure(error), sep=" | ")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout
+    assert all("File too large" in line.split(" | ")[1] for line in lines), lines
+    assert all("File too large" in line.split(" | ")[2] for line in lines), lines
+
+
+def test_what_is_no_disk_failure() -> None:
+    assert disk_failure(FileNotFoundError(2, "No such file")) is None
+    assert disk_failure(ValueError("(os error 28)")) is None
+    assert disk_failure(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"

@@ -248,7 +248,7 @@ def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
     assert kept == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert not [path for path in (out / "policies").rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     where = tmp_path / "along"
-    command = ["evaluate", "--run", str(out), "--checkpoints", "--out", str(where), "--json"]
+    command = ["evaluate", "--run", str(out), "--trust-run", "--checkpoints", "--out", str(where), "--json"]
     monkeypatch.chdir(job)
     code, told, err = infalign(capsys, monkeypatch, *command)
     assert code == 0, err
@@ -261,7 +261,7 @@ def test_kept_checkpoints_can_be_evaluated(job, tmp_path, monkeypatch, capsys):
     assert found["warnings"] == []
     page = (where / "report.html").read_text()
     assert "from the reference on. Solid: judged by" in page
-    _, told, _ = infalign(capsys, monkeypatch, *command[:3], "--out", tmp_path / "final", "--json")
+    _, told, _ = infalign(capsys, monkeypatch, *command[:4], "--out", tmp_path / "final", "--json")
     again = json.loads(told)
     run_result = json.loads((out / "evaluation.json").read_text())["results"][0]
     assert again["results"][0]["procedures"][0]["win_rate"] == run_result["procedures"][1]["win_rate"], (

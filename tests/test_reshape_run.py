@@ -195,7 +195,19 @@ def test_too_few_prompts_to_fit_on_are_refused_before_anything_is_computed(job, 
 def test_a_finished_run_is_reshaped_for_another_procedure_and_budget(finished, capsys, monkeypatch, tmp_path):
     out, *_ = finished
     code, printed, _ = infalign(
-        *(capsys, monkeypatch, "reshape", out, "--procedure", "best-of-8", "--kl", "0.05", "--method", "identity"),
+        *(
+            capsys,
+            monkeypatch,
+            "reshape",
+            out,
+            "--trust-run",
+            "--procedure",
+            "best-of-8",
+            "--kl",
+            "0.05",
+            "--method",
+            "identity",
+        ),
         *("--kind", "mixture", "--samples", "8", "--out", tmp_path / "policy", "--json"),
     )
     assert code == 0
@@ -210,7 +222,7 @@ def test_a_finished_run_is_reshaped_for_another_procedure_and_budget(finished, c
 
 def test_exact_counts_are_said_best_first(finished, capsys, monkeypatch, tmp_path):
     out, *_ = finished
-    command = ("reshape", out, "--procedure", "best-of-4", "--kl", "0.1", "--samples", "8", "--split")
+    command = ("reshape", out, "--trust-run", "--procedure", "best-of-4", "--kl", "0.1", "--samples", "8", "--split")
     code, printed, _ = infalign(capsys, monkeypatch, *command, "--out", tmp_path / "policy")
     assert code == 0
     assert "Exact counts" in printed
@@ -231,7 +243,7 @@ def test_exact_counts_are_said_best_first(finished, capsys, monkeypatch, tmp_pat
 )
 def test_what_cannot_be_reshaped_is_said_with_a_hint(finished, capsys, monkeypatch, arguments, message):
     out, *_ = finished
-    code, _, told = infalign(capsys, monkeypatch, "reshape", out, *arguments)
+    code, _, told = infalign(capsys, monkeypatch, "reshape", out, "--trust-run", *arguments)
     assert code == 2
     assert message in told
 

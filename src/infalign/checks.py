@@ -15,16 +15,21 @@ from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
+from infalign.rollouts.adapters import is_adapter, num_outputs
+from infalign.rollouts.embeddings import require_embeddings
+from infalign.rollouts.models import adapter_base
 from infalign.rollouts.rehearsal import rehearse
 from infalign.rollouts.rendering import reads_the_clock, require_chat_template
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
+from infalign.rollouts.template_errors import explaining
 from infalign.rollouts.tokens import excerpt
 from infalign.run_rewards import open_reward
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
+from infalign.training.lora_check import check_lora, testbed_skeleton
 from infalign.training.methods import is_online
 from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, beta_in_mixture, ideal_weight
 from infalign.training.offline import check_offline
@@ -59,6 +64,8 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
     if recipe.measured_procedure is not None:
         _check_decoder(recipe.measured_procedure, prompts)
     policy = None if recipe.policy.model is None else check_policy(recipe, prompts)
+    if policy is None and recipe.training.lora is not None:
+        check_lora(recipe.training.lora, testbed_skeleton())
     check_reward(recipe, prompts)
     _check_training(recipe)
     return _plan_text(recipe, out, len(prompts) or None, policy)
@@ -219,11 +226,14 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
             where=where,
             hint="Write a fixed date into the chat template, here and at the server, or draw without rollouts.endpoint",
         )
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    end: Any = tokenizer.eos_token_id
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new = recipe.rollouts.max_new_tokens
     longest = 0
     for prompt, ids in zip(prompts, prompt_token_ids(tokenizer, prompts), strict=True):
         longest = max(longest, len(ids))
+        require_embeddings([[*ids, end]], size, where, tokenizer=tokenizer, what="prompt and response")
         if context is not None and len(ids) + new > context:
             raise InputError(
                 f"prompt {prompt.id} has {counted(len(ids), 'token')}; with rollouts.max_new_tokens={new} it "
@@ -240,7 +250,10 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
             raise InputError(
                 f"this is no causal language model ({_first_line(error)})", where=where, hint="Give one"
             ) from error
-    return {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
+    found = {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
+    if recipe.training.lora is not None:
+        check_lora(recipe.training.lora, skeleton)
+    return found
 
 
 def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
@@ -267,11 +280,14 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
         from transformers import AutoTokenizer
 
         where = f"{setting}.model {reward.model}"
-        config = _model_config(reward.model, where, trust_remote_code=reward.trust_remote_code)
-        if config.num_labels != 1:
-            raise InputError(
-                f"the model has {counted(config.num_labels, 'output')}", where=where, hint="A reward model has one"
-            )
+        base = adapter_base(reward.model)
+        config = _model_config(base, where, trust_remote_code=reward.trust_remote_code)
+        outputs = config.num_labels
+        if is_adapter(reward.model):  # the head is the adapter's, whatever its base's configuration says
+            outputs = num_outputs(reward.model, allow_pickle=reward.allow_pickle) or outputs
+            _check_weights(base, where, allow_pickle=reward.allow_pickle, setting=f"{setting}.allow_pickle")
+        if outputs != 1:
+            raise InputError(f"the model has {counted(outputs, 'output')}", where=where, hint="A reward model has one")
         _check_weights(reward.model, where, allow_pickle=reward.allow_pickle, setting=f"{setting}.allow_pickle")
         try:
             tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=reward.trust_remote_code)
@@ -281,8 +297,15 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
                 where=where,
                 hint="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
             ) from error
-        if any(not isinstance(prompt.prompt, str) for prompt in prompts):
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        for prompt in prompts:
+            if isinstance(prompt.prompt, str):
+                ids = tokenizer(prompt.prompt, verbose=False)["input_ids"]
+                require_embeddings([ids], size, where, tokenizer=tokenizer, what=f"a prompt ({prompt.id})")
+                continue
             require_chat_template(tokenizer)
+            with explaining(tokenizer):
+                tokenizer.apply_chat_template([*prompt.prompt, {"role": "assistant", "content": "…"}], tokenize=False)
 
 
 def _model_config(model: str, where: str, *, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,9 @@ def _iterate_rows(
 ) -> Iterator[Row]:
     path = Path(source)
     name = path.name.lower()
+    if path.is_file() and split not in (None, "train"):
+        raise InputError(f"a file has no split {split!r}", where=str(source),
+                         hint="Leave the split out, or give a data set")  # fmt: skip
     if path.is_file() and name.endswith(_JSON_LINES):
         rows = _json_lines(path)
     elif path.is_file() and name.endswith(_PARQUET):
@@ -208,6 +212,12 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"this is not a readable Parquet file ({error})", where=str(path)) from error
 
 
+def _no_split(split: str, there: Sequence[str], where: str) -> InputError:
+    near = difflib.get_close_matches(split, there, n=1, cutoff=0.4)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return InputError(f"there is no split {split!r}", where=where, hint=f"{hint}There are: {', '.join(there)}")
+
+
 def _dataset_rows(source: str | os.PathLike[str], split: str | None) -> Iterator[Row]:
     name, path = str(source), Path(source)
     # `owner/name` can be on the hub; anything that is written like a path cannot.
@@ -221,7 +231,11 @@ def _dataset_rows(source: str | os.PathLike[str], split: str | None) -> Iterator
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             loaded: Any = datasets.load_from_disk(name)
-            loaded = loaded[split] if split is not None and isinstance(loaded, dict) else loaded
+            if split is not None:
+                splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+                if split not in splits:
+                    raise _no_split(split, list(map(str, splits)), name)
+                loaded = splits[split]
         else:
             if not path.exists():
                 require_data_set(name)
@@ -229,6 +243,8 @@ def _dataset_rows(source: str | os.PathLike[str], split: str | None) -> Iterator
     except InputError:
         raise
     except Exception as error:  # whatever goes wrong inside, the user's source is what cannot be loaded
+        if split is not None and str(error).startswith("Unknown split"):  # as datasets says it
+            raise _no_split(split, re.findall(r"'([^']+)'", str(error).partition("one of")[2]), name) from error
         raise InputError(
             f"no data set can be loaded from here ({type(error).__name__}: {error})",
             where=name,

@@ -7,6 +7,7 @@ followed. What a killed process leaves behind is a hidden `.part`, which no read
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from infalign.errors import InputError, StorageError
 
 HINT = "Make room or fix the permissions, and start again: nothing is lost"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=, ()-]{0,199}")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 
@@ -174,6 +176,13 @@ def storage_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "iostream error")):
         return "a file could not be written to its end"  # PyTorch's own words say no more
     return None
+
+
+def disk_failure(error: Exception) -> str | None:
+    """As `storage_failure`, but only where a disk is full, at its quota, read-only or broken."""
+    if isinstance(error, OSError) and error.errno not in _DISK:
+        return None
+    return storage_failure(error)
 
 
 def plain_name(name: object, where: str) -> str:

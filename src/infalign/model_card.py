@@ -19,7 +19,7 @@ from infalign.evaluation.tied_limit import tie_notes
 from infalign.files import write_text
 from infalign.report.reshaped import prediction_rows, with_error
 from infalign.training.landing import Landing
-from infalign.wording import counted
+from infalign.wording import counted, visible
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _OF_N = re.compile(r"(?:Best|Worst)-of-\d+")
@@ -222,7 +222,7 @@ def plain(text: str) -> str:
         text = path.name
     elif windows.drive:
         text = windows.name
-    return _SPECIAL.sub(r"\\\1", html.escape(text, quote=False)) or "(no name)"
+    return _SPECIAL.sub(r"\\\1", html.escape(visible(text), quote=False)) or "(no name)"
 
 
 def _head(facts: CardFacts, library: str) -> ModelCardData:

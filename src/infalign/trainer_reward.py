@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from infalign.errors import InputError, MismatchError
 from infalign.stages.run import open_run
+from infalign.stages.trust import Trust
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.wording import counted
 
 Float = NDArray[np.float64]
+# A script imports what it needs by itself, so it may open a run that names a function; nothing that a model brings.
+SCRIPT = Trust(rewards=True)
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ class TrainerReward:
         run_folder: As in `load_transformed_reward`, whose errors it raises.
         policy: As there.
         beta: As there.
+        trust: As there.
     """
 
-    def __init__(self, run_folder: str | Path, policy: str | None = None, *, beta: float | None = None) -> None:
-        self.transformed = load_transformed_reward(run_folder, policy, beta=beta)
-        self.run = open_run(run_folder)
+    def __init__(
+        self, run_folder: str | Path, policy: str | None = None, *, beta: float | None = None, trust: Trust = SCRIPT
+    ) -> None:
+        self.transformed = load_transformed_reward(run_folder, policy, beta=beta, trust=trust)
+        self.run = open_run(run_folder, trust)
         self.prompts = self.run.prompts("train")
         self._content_of = {prompt.id: prompt.prompt for prompt in self.prompts}
         self._lock = threading.Lock()
@@ -80,7 +86,7 @@ class TrainerReward:
 
 
 def load_transformed_reward(
-    run_folder: str | Path, policy: str | None = None, *, beta: float | None = None
+    run_folder: str | Path, policy: str | None = None, *, beta: float | None = None, trust: Trust = SCRIPT
 ) -> TransformedReward:
     """The transformed reward Φ_K/β (M5, M6) that one policy of a run is, or would be, aligned with.
 
@@ -91,6 +97,8 @@ def load_transformed_reward(
         run_folder: A run folder in which at least `infalign calibrate` has been done.
         policy: Name of the transform, as in the folder's `plan.json`; by default the recipe's own, the first.
         beta: KL coefficient, in units of Φ per nat; by default the planned one.
+        trust: What the run's recipe is allowed; by default to name functions and servers as rewards, but not to run
+            code that comes with a model or to read pickled weights.
 
     Returns:
         A reward that any trainer with TRL's reward-function signature takes. A self-consistent transform starts at the
@@ -101,7 +109,7 @@ def load_transformed_reward(
         MismatchError: If the reward is not the one that the run was calibrated with.
         StorageError: If the folder does not hold a calibrated run.
     """
-    run = open_run(run_folder)
+    run = open_run(run_folder, trust)
     planned = {entry.name: entry for entry in run.planned()}
     name = next(iter(planned)) if policy is None else policy
     if name not in planned:

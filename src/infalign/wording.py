@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What reorders text, breaks lines unseen, is invisible though it says something, or is half a character.
+_UNSEEN = re.compile("[\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]")
+_ESCAPED_IN_JSON = re.compile(f"[\\x7f-\\x9f]|{_UNSEEN.pattern}")
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -20,8 +25,24 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def visible(text: str) -> str:
-    """Text of a model, a file or a server with control characters written out, so that it cannot command a terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    r"""Text of a model, a file or a server with every character that commands or misleads written out.
+
+    Control characters become `\x1b`, so that they cannot command a terminal; those that reorder text or are not seen
+    become `⟨U+202E⟩`, so that what is read is what was written. Line feeds and tabs stay. The one function for
+    terminals, Markdown and HTML; `page.js` does the same in a browser.
+    """
+    return _UNSEEN.sub(
+        lambda found: f"⟨U+{ord(found[0]):04X}⟩", _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    )
+
+
+def json_text(content: Any) -> str:
+    """JSON for a stream that may be a terminal: readable, but with the characters of `visible` as JSON escapes."""
+    return _ESCAPED_IN_JSON.sub(_json_escape, json.dumps(content, ensure_ascii=False))
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -186,6 +186,7 @@ def test_a_calibration_gives_quantiles_and_lets_it_stop(job, capsys, monkeypatch
         6,
         "--calibration",
         "run",
+        "--trust-run",
         "--procedure",
         "best-of-8",
         "--json",

@@ -110,7 +110,7 @@ def test_calibrated_rewards_for_the_prompts_of_a_run(run_folder, importable):
     references = RewardCalibrator.load(run_folder / "calibration" / "calibrator").ref_rewards_PK[0]
     with Upstream(0.0) as upstream:
         arguments = ("--upstream", f"http://127.0.0.1:{upstream.port}/v1", "--model-name", "policy", "--n", 3)
-        with Served("serve", *arguments, "--calibration", run_folder, cwd=importable) as server:
+        with Served("serve", *arguments, "--calibration", run_folder, "--trust-run", cwd=importable) as server:
             asked = [{"model": "policy", "prompt": prompt} for prompt in (row["prompt"], "something else")]
             with ThreadPoolExecutor(8) as pool:  # together, so that known and unknown prompts meet
                 answers = list(pool.map(lambda one: server.post("/v1/completions", one)[2], asked * 4))

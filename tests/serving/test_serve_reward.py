@@ -19,7 +19,7 @@ RESPONSES = ["aeiou", " bcd", "oo\nüß oo", ""]
 
 @pytest.fixture(scope="module")
 def served(run_folder, importable):
-    with Served("serve-reward", run_folder, cwd=importable) as server:
+    with Served("serve-reward", run_folder, "--trust-run", cwd=importable) as server:
         yield server
 
 
@@ -73,7 +73,9 @@ def test_many_single_requests_at_once(served, run_folder):
 def test_messages_are_known_by_the_policys_own_template_and_it_stops_when_told(chat_run_folder, importable):
     rows = prompts_of(chat_run_folder)[:2]
     shown = [f"<|user|>{row['prompt'][0]['content']}<|assistant|>" for row in rows]
-    with Served("serve-reward", chat_run_folder, "--policy", "identity", "--beta", "0.7", cwd=importable) as server:
+    with Served(
+        "serve-reward", chat_run_folder, "--trust-run", "--policy", "identity", "--beta", "0.7", cwd=importable
+    ) as server:
         status, _, answer = server.post("/get_reward", asked(chat_run_folder, shown, RESPONSES[:2]))
         assert status == 200
         worth = TrainerReward(chat_run_folder, "identity", beta=0.7)([row["id"] for row in rows], RESPONSES[:2])
@@ -128,11 +130,11 @@ def test_what_cannot_be_served_is_said_at_once(run_folder, tmp_path, capfd, monk
         ([str(tmp_path)], "is no run folder"),
         ([str(run_folder), "--policy", "optimal"], "There are: exponential+10"),
     ]:
-        code, _, err = infalign(capfd, monkeypatch, "serve-reward", *arguments)
+        code, _, err = infalign(capfd, monkeypatch, "serve-reward", *arguments, "--trust-run")
         assert code == 2
         assert message in err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, _, err = infalign(capfd, monkeypatch, "serve-reward", run_folder, "--port", port)
+        code, _, err = infalign(capfd, monkeypatch, "serve-reward", run_folder, "--trust-run", "--port", port)
         assert code == 2
         assert "Choose another --host or --port" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.options import Json, refuse_idle
 from infalign.cli.sources import REWARD, as_message, open_named_reward, told_duplicates
 from infalign.errors import InputError
-from infalign.wording import visible
+from infalign.wording import json_text, visible
 
 if TYPE_CHECKING:
     from infalign.audit.run import Judge
@@ -128,7 +127,7 @@ def audit_command(
     examples = worst_examples(result, asked, judge, out)
     report = write_audit_report(out / "report.html", result, examples, title=title, versions=versions())
     if as_json:
-        typer.echo(json.dumps({**result.to_dict(), "report": str(report)}, ensure_ascii=False))
+        typer.echo(json_text({**result.to_dict(), "report": str(report)}))
     else:
         typer.echo(visible(f"{text_table(result)}\n\nReport: {report}"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infalign.wording import visible
+from infalign.wording import json_text, visible
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -77,7 +76,7 @@ def time_left(seconds: float, done: int, remaining: int) -> str:
 def print_result(result: dict[str, object], as_json: bool) -> None:
     """JSON alone, or the text meant for a person, on stdout."""
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        typer.echo(json_text(result))
     else:
         typer.echo(visible(str(result["text"])))
 

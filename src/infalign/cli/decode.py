@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,7 +25,7 @@ from infalign.cli.sources import (
 )
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
-from infalign.wording import counted, visible
+from infalign.wording import counted, json_text, visible
 
 if TYPE_CHECKING:
     from infalign.data import Prompt
@@ -104,6 +103,7 @@ def decode_command(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Prompts answered, and written, together.", show_default=False)
     ] = None,
+    trust_run: options.TrustRun = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
     as_json: options.Json = False,
@@ -132,6 +132,8 @@ def decode_command(
                 "--api-key-variable": api_key_variable,
             },
         )
+    if calibration is None:
+        options.refuse_idle("decode", "without --calibration", {"--trust-run": trust_run or None})
     concurrency = concurrency or 16
     blend = Blend.of(aligned, aligned_weight, aligned_count, chosen)
     if aligned_count is not None and stop_reward is not None:
@@ -161,7 +163,7 @@ def decode_command(
     source = None if reward is None else open_named_reward(reward, **weights)
     if isinstance(source, FunctionReward):
         source.require_columns([*column_names(wanted), "prompt_id"])
-    found = None if calibration is None else open_calibration(calibration, source)
+    found = None if calibration is None else open_calibration(calibration, source, trust_run=trust_run, **weights)
     # Policy and reward are told one moment by chat templates with a date in them: the calibration's, if there is one.
     moment = moment_now() if found is None else found.prompts[0].rendered_at
     wanted = [replace(one, rendered_at=moment) for one in wanted]
@@ -291,7 +293,7 @@ def _show(
             "out": None if out is None else str(out),
             "answers": [answer_row(one) for one in answers] if out is None else None,
         }
-        typer.echo(json.dumps(summary, ensure_ascii=False))
+        typer.echo(json_text(summary))
         return
     console = Console(highlight=False, emoji=False)
     if out is None:
@@ -300,10 +302,12 @@ def _show(
                 console.rule(characters="─")
                 console.print(visible(one.prompt.text), style="dim", markup=False, soft_wrap=True)
             console.print(visible(one.chosen.text), markup=False, soft_wrap=True)
-            console.print(_line(one), style="cyan", markup=False, soft_wrap=True)
+            console.print(visible(_line(one)), style="cyan", markup=False, soft_wrap=True)
     else:
         there = f"; {before} {'was' if before == 1 else 'were'} there" if before else ""
-        console.print(f"{counted(len(answers), 'prompt')} answered{there}: {out}", markup=False, soft_wrap=True)
+        console.print(
+            visible(f"{counted(len(answers), 'prompt')} answered{there}: {out}"), markup=False, soft_wrap=True
+        )
     if len(answers) > 1:
         n = decoder.procedure.n or 1
         saved = f" of at most {n * len(answers):,}" if drawn < n * len(answers) else ""

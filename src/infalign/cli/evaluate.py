@@ -11,7 +11,7 @@ import typer
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
 from infalign.cli.options import Json, Set, refuse_idle
 from infalign.cli.run import execute
-from infalign.cli.sources import allow_local_rewards, parse_procedure, told_duplicates
+from infalign.cli.sources import parse_procedure, told_duplicates
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,8 +86,16 @@ def evaluate_command(
         typer.Option("--allow-overlap", rich_help_panel=_PANEL,
                      help="Use prompts that a model was trained on; the numbers are then marked."),
     ] = False,
+    trust_run: Annotated[
+        bool,
+        typer.Option("--trust-run", rich_help_panel=_PANEL,
+                     help="With --run: import the functions and ask the servers that it names as rewards."),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", rich_help_panel=_PANEL, help="Run code that comes with a model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", rich_help_panel=_PANEL, help="Also accept weights not in safetensors.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -99,7 +107,7 @@ def evaluate_command(
     if recipe is not None:
         models = (model, run, reference, reward, gold, prompts, column)
         options = (procedures, samples, max_new_tokens, limit, seed, batch_size)
-        if any((*models, *options, checkpoints, allow_overlap, trust_remote_code)):
+        if any((*models, *options, checkpoints, allow_overlap, trust_run, trust_remote_code, allow_pickle)):
             raise InputError(
                 "a recipe says itself what is evaluated, and how",
                 where="evaluate",
@@ -113,18 +121,27 @@ def evaluate_command(
         raise InputError("--set changes a recipe, and there is none", where="evaluate")
     if checkpoints and run is None:
         raise InputError("--checkpoints are those of a run", where="evaluate", hint="Give --run RUN")
+    if run is None:
+        refuse_idle("evaluate", "without --run", {"--trust-run": trust_run or None})
     if prompts is None:
         refuse_idle("evaluate", "without --prompts", {"--column": column})
-    allow_local_rewards(Path.cwd())
     chosen = [parse_procedure(name) for name in procedures.split(",")] if procedures else None
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
     from infalign.model_evaluation import Job, candidates_of_run, evaluate_models
     from infalign.report.table import text_table
     from infalign.stages.run import read_recipe
+    from infalign.stages.trust import Trust, gold_sections, policy_sections, reward_sections
 
     silence_libraries()
     made = None if run is None else read_recipe(run)
+    if run is not None and made is not None:
+        used = [
+            *(policy_sections(made) if reference is None else ()),
+            *(reward_sections(made) if reward is None else ()),
+            *(gold_sections(made) if not gold else ()),
+        ]
+        Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run).require(used, run)
     candidates = [_candidate(given) for given in model or ()]
     if run is not None and (checkpoints or not candidates):
         candidates += candidates_of_run(run, checkpoints=checkpoints)
@@ -160,6 +177,7 @@ def evaluate_command(
         run=run,
         allow_overlap=allow_overlap,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     try:
         evaluation = evaluate_models(job, reporter)

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a fault of this library, 2 something the user can fix, 
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -28,7 +29,8 @@ from infalign.cli.run import (
 )
 from infalign.cli.serve import serve_command
 from infalign.cli.serve_reward import serve_reward_command
-from infalign.errors import InfalignError
+from infalign.errors import InfalignError, StorageError
+from infalign.files import HINT, disk_failure
 from infalign.wording import visible
 
 app = typer.Typer(
@@ -68,11 +70,19 @@ def main() -> None:
     except InfalignError as error:
         if not processes.first_to_fail():
             sys.exit(2)
-        console = Console(stderr=True, highlight=False, emoji=False)
-        console.print("[bold red]error:[/] ", end="")
-        console.print(visible(str(error)), markup=False, soft_wrap=True)
-        sys.exit(2)
-    except Exception:
+        _refuse(error)
+    except Exception as error:
         if not processes.first_to_fail():
             sys.exit(1)  # the end of this process is a consequence, and the cause has been shown
-        raise
+        reason = disk_failure(error)
+        if reason is None:
+            raise
+        _refuse(StorageError(f"a file could not be written ({reason})", hint=HINT))
+
+
+def _refuse(error: InfalignError) -> NoReturn:
+    """One plain message, and the exit status of what a user can put right."""
+    console = Console(stderr=True, highlight=False, emoji=False)
+    console.print("[bold red]error:[/] ", end="")
+    console.print(visible(str(error)), markup=False, soft_wrap=True)
+    sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,10 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Long
 Temperature = Annotated[float, typer.Option("--temperature", help="1 samples the model itself.")]
 TopP = Annotated[float, typer.Option("--top-p", help="1 samples the model itself.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
+TrustRun = Annotated[
+    bool,
+    typer.Option("--trust-run", help="Import the functions and ask the servers that the run folder names as rewards."),
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also accept weights that are not safetensors.")]
 Aligned = Annotated[
     str | None,
@@ -65,6 +70,40 @@ AlignedCount = Annotated[
         "--aligned-count", min=0, help="… or with exactly so many of the procedure's n candidates.", show_default=False
     ),
 ]
+
+
+# --- a server of ours ---
+
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        help="On a loopback address: a further name that requests may come under, as a proxy's. Can be repeated.",
+    ),
+]
+ApiKeyVariable = Annotated[
+    str | None, typer.Option("--api-key-variable", help="Environment variable with the key clients must send.")
+]
+
+
+def read_key(variable: str | None, option: str = "--api-key-variable") -> str | None:
+    """The key in an environment variable; None without one.
+
+    Raises:
+        InputError: It is not set, or cannot be sent in a header.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(f"the environment variable {variable} is not set", where=option, hint="Put the key into it")
+    if not key.isascii() or not key.isprintable():
+        raise InputError(
+            f"the key in {variable} holds a line break or another character that no header can carry",
+            where=option,
+            hint="Put one line of ASCII into it",
+        )
+    return key
 
 
 def refuse_idle(verb: str, how: str, options: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 from infalign.cli.options import Json
 from infalign.cli.sources import PROCEDURE, parse_procedure
 from infalign.errors import InputError
+from infalign.wording import visible
 
 if TYPE_CHECKING:
     from infalign.theory.plan import Plan
@@ -94,7 +95,7 @@ def _print(result: Plan, *, hint: bool) -> None:
     console = Console(highlight=False, emoji=False)
     label, best = result.procedure.label, result.best
     against = label if result.opponent is None else result.opponent.label
-    console.print(f"{label} on the aligned model against {against} on the reference", markup=False)
+    console.print(visible(f"{label} on the aligned model against {against} on the reference"), markup=False)
     spent = f"{best.kl:.4f}" if best.kl >= 0.01 else f"{best.kl:.4g}"
     console.print(f"Spend {spent} nats of KL on the optimal transform with beta {best.beta:.5g}", markup=False)
     _print_levels(console, result)
@@ -114,7 +115,7 @@ def _print(result: Plan, *, hint: bool) -> None:
             [[other, *(f"{option.other_win_rates[other]:.4f}" for option in options)] for other in others],
         )
     for name, reason in result.left_out.items():
-        console.print(f"{name} is left out: {reason}", markup=False)
+        console.print(visible(f"{name} is left out: {reason}"), markup=False)
     console.print("\nThe limit at other KLs:")
     curve = result.frontier
     kls = [share * best.kl for share in (0.125, 0.25, 0.5, 1.0, 1.5, 2.0) if share * best.kl <= curve.kl[-1]]
@@ -195,7 +196,9 @@ def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequenc
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:
         first, note = title == titles[0], title == "what it is"
-        table.add_column(Text(title), justify="left" if first or note else "right", no_wrap=not note)
+        table.add_column(Text(visible(title)), justify="left" if first or note else "right", no_wrap=not note)
     for index, row in enumerate(rows):
-        table.add_row(*(Text(cell) for cell in row), style="bold" if index == 0 and titles[0] == "transform" else None)
+        table.add_row(
+            *(Text(visible(cell)) for cell in row), style="bold" if index == 0 and titles[0] == "transform" else None
+        )
     console.print(table)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
-from infalign.cli.options import Json
-from infalign.cli.sources import allow_local_rewards, parse_procedure
+from infalign.cli.options import AllowPickle, Json, TrustRemoteCode, TrustRun
+from infalign.cli.sources import parse_procedure
 from infalign.errors import InputError
 
 KINDS = ("auto", "mixture", "reshaped")
@@ -47,6 +47,9 @@ def reshape_command(
         typer.Option("--out", help="Folder of the policy [default: RUN/reshaped/METHOD-PROCEDURE-KL].",
                      show_default=False),
     ] = None,
+    trust_run: TrustRun = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Fit a mixture or a reshaped policy to a finished run, and say what it will do before anything is drawn from it.
@@ -61,9 +64,9 @@ def reshape_command(
         raise InputError("--distil-samples goes with --distil", where="reshape", hint="Give both, or leave it out")
     chosen = None if procedure is None else parse_procedure(procedure)
     silence_libraries()
-    allow_local_rewards()
     from infalign.stages.distil import Distillation
     from infalign.stages.reshape_run import ReshapeRequest, reshape_run
+    from infalign.stages.trust import Trust
 
     wanted = ReshapeRequest(
         method=method,
@@ -74,5 +77,6 @@ def reshape_command(
         split=split,
         out=out,
         distil=Distillation(num_samples=distil_samples or 64) if distil else None,
+        trust=Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run),
     )
     print_result(reshape_run(run, wanted, ConsoleReporter(quiet=False)), json_)

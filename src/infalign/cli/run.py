@@ -10,7 +10,6 @@ import typer
 from infalign import processes
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
 from infalign.cli.options import Json, Set
-from infalign.cli.sources import allow_local_rewards
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The experiment: a YAML file, see recipes/.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/NAME].", show_default=False)]
@@ -53,13 +52,13 @@ def execute(
 
     processes.join()
     recipe = load_recipe(recipe_file, overrides or [])
-    # A reward given as module:function may lie where the user stands or beside the recipe.
-    allow_local_rewards(recipe_file.resolve().parent, Path.cwd())
     out = out or Path("runs") / recipe.name
     reporter = ConsoleReporter(quiet=not processes.is_main())
     reporter.say("Loading libraries …")
     from infalign.pipeline import Pipeline
+    from infalign.rollouts.user_code import look_in
 
+    look_in(recipe_file.parent)  # a reward given as module:function may lie beside the recipe
     silence_libraries()
     pipeline = Pipeline(recipe, out, reporter)
     if dry_run:

@@ -77,12 +77,12 @@ def serve_command(
             show_default=False,
         ),
     ] = None,
-    api_key_variable: Annotated[
-        str | None, typer.Option("--api-key-variable", help="Environment variable with the key clients must send.")
-    ] = None,
+    allowed_host: options.AllowedHost = None,
+    api_key_variable: options.ApiKeyVariable = None,
     upstream_key_variable: Annotated[
         str | None, typer.Option("--upstream-key-variable", help="Environment variable with the upstream's key.")
     ] = None,
+    trust_run: options.TrustRun = False,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
@@ -104,6 +104,8 @@ def serve_command(
         )
     else:
         options.refuse_idle("serve", "with --upstream", {"--batch-size": batch_size})
+    if calibration is None:
+        options.refuse_idle("serve", "without --calibration", {"--trust-run": trust_run or None})
     batch_size, concurrency = batch_size or 16, concurrency or 16
     if block is not None and stop_reward is None:
         raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
@@ -112,12 +114,12 @@ def serve_command(
     if aligned_count is not None and stop_reward is not None:
         raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where="serve",
                          hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
-    key = _key(api_key_variable, "--api-key-variable")
-    _key(upstream_key_variable, "--upstream-key-variable")
+    key = options.read_key(api_key_variable)
+    options.read_key(upstream_key_variable, "--upstream-key-variable")
     reporter.say("Loading libraries …")
     from infalign.decode.decoder import Decoder
     from infalign.serving.app import ProcedureServer, Served
-    from infalign.serving.web import listen, run_app
+    from infalign.serving.web import check_host, listen, run_app
 
     # Before models are loaded, so that an address that cannot be had is said at once.
     listener = context.with_resource(listen(host, port))
@@ -137,7 +139,7 @@ def serve_command(
     # Somebody waits: better a quick error than a patient answer.
     patience: dict[str, Any] = {"timeout": timeout, "retries": 1, "first_wait": 0.2}
     source = None if reward is None else open_named_reward(reward, **weights, **patience)
-    found = None if calibration is None else open_calibration(calibration, source)
+    found = None if calibration is None else open_calibration(calibration, source, trust_run=trust_run, **weights)
     source = source if found is None else found.reward
     _require_no_columns(source)
     served = Served(
@@ -162,6 +164,7 @@ def serve_command(
         **settings,
     )
     server = ProcedureServer(served)
+    check_host(server.app, host, allowed_host or ())
     reporter.say(
         f"{chosen.label} of {served.name!r} by {source or 'no reward'}, up to {counted(queue, 'request')} at a time"
     )
@@ -181,16 +184,6 @@ def serve_command(
     reporter.say("Stopped.")
 
 
-def _key(variable: str | None, option: str) -> str | None:
-    """The key in an environment variable."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "")
-    if not key.strip():
-        raise InputError(f"the environment variable {variable} is not set", where=option, hint="Put the key into it")
-    return key.strip()
-
-
 def _local(model: str, blend: Blend | None, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
     """A sampler for a model in this process, and what counts its prompts' tokens."""
     from infalign.decode.local import sampler_of
@@ -200,12 +193,7 @@ def _local(model: str, blend: Blend | None, weights: dict[str, Any], settings: d
     policy = open_model(model, blend, weights)
 
     def count(prompt: Prompt) -> int:
-        from jinja2 import TemplateError
-
-        try:
-            return len(prompt_token_ids(policy.tokenizer, [prompt])[0])
-        except TemplateError as error:  # templates refuse what they cannot show, such as two user turns in a row
-            raise InputError(f"the model's chat template refuses these messages ({error})", where="messages") from error
+        return len(prompt_token_ids(policy.tokenizer, [prompt])[0])
 
     return sampler_of(policy, **settings), count
 

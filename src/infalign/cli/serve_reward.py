@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.wording import counted
 
@@ -27,18 +28,29 @@ def serve_reward_command(
     ] = 4096,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds a request may take.")] = 170.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Most requests scored together.")] = 64,
+    allowed_host: options.AllowedHost = None,
+    api_key_variable: options.ApiKeyVariable = None,
+    trust_run: options.TrustRun = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Serve the reward of a run over OpenRLHF's remote reward protocol, as POST /get_reward, until stopped."""
+    key = options.read_key(api_key_variable)
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
     from infalign.serving.reward_app import make_reward_app
-    from infalign.serving.web import listen, run_app
+    from infalign.serving.web import check_host, listen, require_key, run_app
+    from infalign.stages.trust import Trust
     from infalign.trainer_reward import TrainerReward
 
     silence_libraries()
     listener = context.with_resource(listen(host, port))
-    reward = TrainerReward(run_folder, policy, beta=beta)
+    trust = Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run)
+    reward = TrainerReward(run_folder, policy, beta=beta, trust=trust)
     app, batcher = make_reward_app(reward, capacity=queue, timeout=timeout, batch_size=batch_size)
+    if key is not None:
+        require_key(app, key, under="/get_reward")
+    check_host(app, host, allowed_host or ())
     transformed = reward.transformed
     reporter.say(
         f"Rewards in nats ({transformed.transform.label} transform, beta {transformed.beta:.4g}) of responses to "

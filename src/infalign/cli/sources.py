@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,6 @@ REWARD = "a reward model's folder or hub name, module:function, or http(s)://…
 PROCEDURE = (
     "standard, best-of-n, worst-of-n, order-statistic, names such as best-of-4, worst-of-8 or 3-of-5, or a JSON file"
 )
-
-
-def allow_local_rewards(*folders: Path) -> None:
-    """Let module:function be imported from these folders."""
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
 
 
 def told_duplicates(prompts: PromptSet, source: str | Path) -> str:
@@ -76,7 +68,6 @@ def open_named_reward(
     if name.startswith(("http://", "https://")):
         return HTTPReward(Endpoint(name, **patience), name=name)
     if ":" in name and not Path(name).exists():
-        allow_local_rewards(Path.cwd())  # it may lie where the user stands
         return FunctionReward(name)
     require_model(name, f"{option} {name}")
     return SequenceClassificationReward(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
@@ -235,30 +226,47 @@ class Calibration:
         return self.prompts.ids
 
 
-def open_calibration(run_folder: Path, reward: RewardSource | None) -> Calibration:
+def open_calibration(
+    run_folder: Path, reward: RewardSource | None, *, trust_run: bool, trust_remote_code: bool, allow_pickle: bool
+) -> Calibration:
     """The calibration in a run folder, for the reward given, or for the run's own.
+
+    Args:
+        run_folder: The folder.
+        reward: What the user named; the run's own rewards are then not opened.
+        trust_run: Import the functions and ask the servers that the run names as rewards.
+        trust_remote_code: Run Python code that comes with its models.
+        allow_pickle: Also accept weights that are not safetensors.
 
     Raises:
         MismatchError: The reward is not the one that was calibrated.
         StorageError: The folder holds no calibrated run.
+        InputError: The run's recipe would do what it is not allowed.
     """
     from infalign.run_folder import file_fingerprint, fingerprint
     from infalign.stages.run import open_run
+    from infalign.stages.trust import Trust
 
-    run = open_run(run_folder)
-    own = run.rewards.source()
-    reward = own if reward is None else reward
+    trust = Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run)
+    run = open_run(run_folder, trust, rewards=reward is None)
+    combined = len(run.recipe.reward) > 1
+    if reward is not None and combined:
+        raise MismatchError("the calibration was made with several rewards together",
+                            where=f"--calibration {run_folder}",
+                            hint="Leave --reward out to use the run's own")  # fmt: skip
+    own = run.recipe.reward[0].function or run.recipe.reward[0].name or run.recipe.reward[0].model
+    changed = reward is None or str(reward) == own
+    reward = run.rewards.source() if reward is None else reward
     prompts = run.prompts("train")
     reward.render_at(prompts[0].rendered_at)
-    scored_by = [own.key] if run.rewards.combined else run.store("reference").reward_sources
-    if reward.key not in scored_by:
+    if not combined and reward.key not in run.store("reference").reward_sources:
         raise MismatchError(
-            f"the reward {own} has changed since the calibration was made"
-            if str(reward) == str(own)
-            else f"the reward is {reward}, the calibration was made with {own}",
+            f"the reward {reward} has changed since the calibration was made"
+            if changed
+            else f"the reward is {reward}, the calibration was made with {own or 'the testbed reward'}",
             where=f"--calibration {run_folder}",
             hint="Do `infalign calibrate` again with the changed reward"
-            if own.key not in scored_by
+            if changed
             else "Leave --reward out to use the run's own",
         )
     files = sorted((run_folder / "calibration" / "calibrator").rglob("*.npy"))

@@ -5,11 +5,12 @@ Unknown keys are refused with a suggestion; relative paths are relative to the r
 
 from infalign.recipe.experiment import Recipe, num_kept
 from infalign.recipe.load import load_recipe, parse_recipe
-from infalign.recipe.sections import GoldReward, Reward, RolloutEndpoint, Rows, Training
+from infalign.recipe.sections import GoldReward, Policy, Reward, RolloutEndpoint, Rows, Training
 from infalign.recipe.values import named_transform, transform_name
 
 __all__ = [
     "GoldReward",
+    "Policy",
     "Recipe",
     "Reward",
     "RolloutEndpoint",

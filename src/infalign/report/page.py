@@ -33,6 +33,7 @@ from infalign.report.words import (
     verdict,
     worse_rows,
 )
+from infalign.wording import visible
 
 __all__ = ["ReportData", "markdown_table", "write_report"]
 
@@ -193,7 +194,12 @@ def render_page(template: str, script: str, **content: Any) -> str:
         ) from error
     loader = jinja2.PackageLoader("infalign.report", "templates")
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
 
@@ -206,6 +212,11 @@ def render_page(template: str, script: str, **content: Any) -> str:
         plotly=get_plotlyjs(),
         **content,
     )
+
+
+def _shown(value: Any) -> Any:
+    """What a template shows, with unseen characters written out; parts of the page itself as they are."""
+    return visible(value) if type(value) is str else value
 
 
 def render(data: ReportData) -> str:

@@ -14,7 +14,7 @@ from infalign.evaluation.predictability import limit_name
 from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult, Predictability, ProcedureResult
 from infalign.evaluation.tied_limit import tie_notes
-from infalign.wording import counted
+from infalign.wording import counted, visible
 
 STANDARD = "Standard"
 
@@ -340,7 +340,8 @@ def _below(low: Measured | None, high: Measured | None) -> bool:
 
 
 def cell(text: str) -> str:
-    """Text that neither ends a table cell nor starts markup."""
+    """Text that neither ends a table cell nor starts markup nor hides anything, on one line."""
+    text = visible(" ".join(text.split()))
     for mark in "\\|<>*_`[]":
         text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())
+    return text

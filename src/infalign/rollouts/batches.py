@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError
 from infalign.rollouts.decode import decode, uniforms
+from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.texts import response_texts
@@ -179,7 +180,8 @@ def require_key(
 
 
 def require_fit(model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise InputError where a prompt leaves no room for the response; `model` is anything with a `config`."""
+    """Raise InputError where a prompt leaves no room or has an unknown token; `model` is anything with a `config`."""
+    require_embeddings(tokens, embedding_rows(model), "prompts", what="prompt")
     context = context_length(model)
     if context is None:
         return

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from infalign.data import Prompt
 from infalign.errors import InputError
+from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.tokens import prompt_token_ids
 
@@ -294,7 +295,11 @@ def _batches(
     empty = [row for row, ids in enumerate(prompt_ids_list) if len(ids) == 0]
     if empty:
         raise InputError(f"prompt {empty[0]} has no tokens", where="logprobs", hint="Nothing precedes its first token")
+    size = embedding_rows(model)
+    for what, ids in (("prompt", prompt_ids_list), ("response", completion_ids_list)):
+        require_embeddings(ids, size, "logprobs", tokenizer=tokenizer, what=what)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = pad if size is None or pad < size else 0  # no model looks at it
     lengths = np.array([len(p) + len(c) for p, c in zip(prompt_ids_list, completion_ids_list, strict=True)])
     order = np.argsort(-lengths, kind="stable")  # like lengths together; the longest first, so that memory fails early
     order = order[[len(completion_ids_list[row]) > 0 for row in order]] if len(order) else order

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from infalign.errors import InputError
 from infalign.hub import require_model
+from infalign.rollouts.adapters import adapter_config, is_adapter, num_outputs, put_on
+from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.policy_file import read_policy_file
 from infalign.wording import counted
+
+ADAPTER = "default"  # what the first adapter on a model is called
 
 
 def load_policy(
@@ -41,9 +50,11 @@ def load_policy(
     # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
     torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    base = adapter_base(model)
+    require_model(base, f"{model} (its base)" if is_adapter(model) else None)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
+            base,
             dtype=torch_dtype,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
@@ -60,9 +71,70 @@ def load_policy(
             where=str(model),
             hint="Give a folder with config.json and model.safetensors, or a hub name",
         ) from error
-    require_all_weights(loading, str(model))
+    require_all_weights(loading, base)
+    if is_adapter(model):
+        put_on(policy, model, ADAPTER, allow_pickle=allow_pickle)
+    require_end_and_padding(policy, tokenizer, str(model))
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return policy.to(device).eval(), tokenizer
+
+
+def load_classifier(
+    model: str, *, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a sequence-classification model with one output, or an adapter that makes one of a causal base.
+
+    Args:
+        model: Local folder (full weights or a PEFT adapter) or hub name.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Also accept weights that are not safetensors.
+
+    Raises:
+        InputError: If there is no such model or no tokenizer there, it has several outputs, or a weight is missing.
+    """
+    base, adapter = adapter_base(model), is_adapter(model)
+    # The head of an adapter's base is drawn at random; the adapter brings its own.
+    outputs = num_outputs(model, allow_pickle=allow_pickle) if adapter else None
+    options: dict[str, Any] = {} if outputs is None else {"num_labels": outputs}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            dtype="auto" if torch.cuda.is_available() else torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+        classifier, loading = loaded
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no sequence-classification model can be loaded ({_first_line(error)})",
+            where=model,
+            hint="Give a folder with config.json, model.safetensors and a tokenizer",
+        ) from error
+    if classifier.config.num_labels != 1:
+        raise InputError(f"the model has {counted(classifier.config.num_labels, 'output')}", where=model,
+                         hint="A reward model has one")  # fmt: skip
+    if outputs is not None:
+        heads = [name for name in loading["missing_keys"] if name.split(".")[0] in ("score", "classifier")]
+        loading = {**loading, "missing_keys": set(loading["missing_keys"]) - set(heads)}
+    require_all_weights(loading, model)
+    if adapter:
+        put_on(classifier, model, ADAPTER, allow_pickle=allow_pickle)
+    return classifier, tokenizer
+
+
+def require_end_and_padding(model: Any, tokenizer: Any, where: str) -> None:
+    """See to it that the tokens which every text gets have an embedding; padding, which no model sees, may be another.
+
+    Raises:
+        InputError: If the end-of-sequence token has none.
+    """
+    size = embedding_rows(model)
+    require_embeddings([[tokenizer.eos_token_id]], size, where, tokenizer=tokenizer, what="every response")
+    if size is not None and tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -115,8 +187,7 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
 
 def adapter_base(model: str | Path) -> str:
     """The name of the model that an adapter folder adapts; any other name as it is."""
-    config = Path(model) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else str(model)
+    return adapter_config(model)["base_model_name_or_path"] if is_adapter(model) else str(model)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError
+from infalign.rollouts.adapters import EMBEDDINGS, adapter_weights, put_on
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.models import adapter_base, load_policy, load_tokenizer
@@ -75,14 +76,25 @@ class PolicyOpener:
         if name not in self._opened:
             base = adapter_base(model)
             base_name = name if base == model else model_fingerprint(base)
-            carrier = self._carriers.get(base_name)
+            carrier = None if self._brings_embeddings(model) else self._carriers.get(base_name)
             if carrier is None:
                 policy = self._load(model, is_adapter=base != model)
-                self._carriers[base_name] = policy.model
+                if not self._brings_embeddings(model):
+                    self._carriers[base_name] = policy.model
             else:
                 policy = self._join(carrier, model, is_adapter=base != model)
             self._opened[name] = policy
         return self._opened[name]
+
+    def _brings_embeddings(self, model: str) -> bool:
+        """Whether it is an adapter that changes its base, which it can then share with nobody."""
+        if adapter_base(model) == model:
+            return False
+        weights = adapter_weights(model, allow_pickle=self._options["allow_pickle"])
+        return any(
+            any(part in name for part in EMBEDDINGS) and ".lora_" not in name and tensor.ndim == 2
+            for name, tensor in weights.items()
+        )
 
     def _load(self, model: str, *, is_adapter: bool) -> LocalPolicy:
         loaded, tokenizer = load_policy(model, **self._options)
@@ -97,7 +109,7 @@ class PolicyOpener:
             if policy.model is carrier and policy.adapter is None:
                 policy.adapter = Adapter(None)
         name = f"adapter-{len(self._opened)}"
-        carrier.load_adapter(model, adapter_name=name)
+        put_on(carrier, model, name, allow_pickle=self._options["allow_pickle"])
         carrier.eval()
         return LocalPolicy(carrier, tokenizer, source=model, adapter=Adapter(name))
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
+from infalign.rollouts.adapters import adapted_layers, switch
 from infalign.rollouts.batches import Missing, draw_all, missing_rollouts, require_fit, require_key
 from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
 from infalign.rollouts.logprobs import LogRatios, Scoring, flat_responses, mixture_log_ratios, sequence_logprobs
@@ -328,29 +329,12 @@ def _switched(model: Any, adapter: Adapter | None) -> Iterator[None]:
     if adapter is None:
         yield
         return
-    layers = _adapted_layers(model)
+    layers = adapted_layers(model)
     before = [(layer, list(layer.active_adapters), bool(layer.disable_adapters)) for layer in layers]
     for layer in layers:
-        _switch(layer, [] if adapter.name is None else [adapter.name], adapter.name is None)
+        switch(layer, [] if adapter.name is None else [adapter.name], adapter.name is None)
     try:
         yield
     finally:
         for layer, names, off in before:
-            _switch(layer, names, off)
-
-
-def _switch(layer: Any, names: list[str], off: bool) -> None:
-    # PEFT's own switches also decide what is trained; whatever that is stays as it is.
-    trained = {name: weight.requires_grad for name, weight in layer.named_parameters()}
-    if names:
-        layer.set_adapter(names)
-    layer.enable_adapters(not off)
-    for name, weight in layer.named_parameters():
-        weight.requires_grad_(trained[name])
-
-
-def _adapted_layers(model: Any) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+            switch(layer, names, off)

@@ -13,6 +13,7 @@ from typing import Any
 
 from infalign.data import Message
 from infalign.errors import InputError
+from infalign.rollouts.template_errors import explaining
 
 _CLOCK = "strftime_now"  # how a template asks for the time, in transformers
 
@@ -37,7 +38,7 @@ def rendered_text(tokenizer: Any, messages: Sequence[Message], *, to_answer: boo
         at: The moment that the template is told; the present if None.
 
     Raises:
-        InputError: There is no chat template.
+        InputError: There is no chat template, or it refuses the messages.
     """
     return _render(tokenizer, messages, to_answer, at, tokenize=False)
 
@@ -59,4 +60,5 @@ def _render(tokenizer: Any, messages: Sequence[Message], to_answer: bool, at: st
     require_chat_template(tokenizer)
     if at is not None and reads_the_clock(tokenizer):
         how[_CLOCK] = datetime.datetime.fromisoformat(at).strftime
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=to_answer, **how)
+    with explaining(tokenizer):
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=to_answer, **how)

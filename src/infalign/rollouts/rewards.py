@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import inspect
 import numbers
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
 from infalign.rollouts.rendering import rendered_ids
 from infalign.rollouts.texts import shown
+from infalign.rollouts.user_code import extend_path, in_the_way
 from infalign.wording import counted
 
 Float = NDArray[np.float64]
@@ -291,14 +291,15 @@ def import_function(name: str, kind: str = "reward function") -> Callable[..., A
     hint = "Write it as module:function, with the module importable from the current folder"
     if not module_name or not function_name:
         raise InputError(f"{name!r} does not name a function", where=kind, hint=hint)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    extend_path()
+    module: Any = None
     try:
-        found: Any = importlib.import_module(module_name)
+        found = module = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever the user's module does when it is imported
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+        reason = reason if module is None else in_the_way(module) or reason
         raise InputError(f"the function cannot be imported ({reason})", where=f"{kind} {name}", hint=hint) from error
     if not callable(found):
         raise InputError("this is not a function", where=f"{kind} {name}", hint=hint)
@@ -416,32 +417,12 @@ class SequenceClassificationReward(RewardSource):
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             import torch
-            from safetensors import SafetensorError
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            from infalign.rollouts.models import require_all_weights
+            from infalign.rollouts.models import load_classifier
 
-            try:
-                tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
-                model: Any
-                model, loading = AutoModelForSequenceClassification.from_pretrained(
-                    self.path,
-                    trust_remote_code=self._trust_remote_code,
-                    use_safetensors=None if self._allow_pickle else True,
-                    dtype="auto" if torch.cuda.is_available() else torch.float32,
-                    output_loading_info=True,
-                )
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-                reason = str(error).strip().split("\n", maxsplit=1)[0]
-                raise InputError(
-                    f"no sequence-classification model can be loaded ({reason})",
-                    where=self.path,
-                    hint="Give a folder with config.json, model.safetensors and a tokenizer",
-                ) from error
-            if model.config.num_labels != 1:
-                raise InputError(f"the model has {counted(model.config.num_labels, 'output')}", where=self.path,
-                                 hint="A reward model has one")  # fmt: skip
-            require_all_weights(loading, self.path)
+            model, tokenizer = load_classifier(
+                self.path, trust_remote_code=self._trust_remote_code, allow_pickle=self._allow_pickle
+            )
             device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
             self._loaded = model.to(device).eval(), tokenizer
         return self._loaded

@@ -35,7 +35,7 @@ class RewardRequest(BaseModel):
 
     query: Texts
     prompts: Texts
-    labels: list[Any] | None = None
+    labels: Annotated[list[Any], Field(max_length=MAX_RESPONSES)] | None = None
 
     @model_validator(mode="after")
     def _of_one_length(self) -> RewardRequest:

@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import signal
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from infalign.errors import InfalignError, InputError, RewardError
@@ -27,6 +28,16 @@ try:
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from infalign.serving.connections import (
+        ACCEPTED_AT_ONCE,
+        SECONDS_FOR_BODY,
+        Connections,
+        host_is_ours,
+        is_loopback,
+        most_connections,
+        patient_protocol,
+    )
 except ImportError as missing:
     raise InputError(
         f"serving needs FastAPI and uvicorn ({missing})", where="infalign.serving", hint="pip install 'infalign[serve]'"
@@ -36,6 +47,8 @@ Result = TypeVar("Result")
 log = logging.getLogger("infalign.serving")
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LINES = 60.0
+_WAITING_TO_BE_ACCEPTED = 1024
 
 
 def error_response(status: int, message: str, *, kind: str, retry_after: int | None = None) -> JSONResponse:
@@ -107,48 +120,59 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
 
 
 class BodyLimit:
-    """Refuses a request body above `max_body` bytes with status 413, whether or not its length is announced."""
+    """Refuses a request body above `max_body` bytes with 413, announced or not, and one that drips with 408."""
 
-    def __init__(self, app: ASGIApp, max_body: int) -> None:
+    def __init__(self, app: ASGIApp, max_body: int, seconds: float = SECONDS_FOR_BODY) -> None:
         self._app = app
         self._max_body = max_body
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        late = asyncio.get_running_loop().time() + self._seconds
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         refusal = error_response(
             413, f"the request is larger than {self._max_body:,} bytes", kind="invalid_request_error"
         )
         if not announced.isdigit() or int(announced) > self._max_body:
-            await self._read_on(receive, 0)
+            await self._read_on(receive, 0, late)
             await refusal(scope, receive, send)
             return
         read = 0
-        refused = False
+        refused = whole = False
 
         async def counted() -> Message:
-            nonlocal read, refused
-            message = await receive()
+            nonlocal read, refused, whole
+            if whole:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                async with asyncio.timeout_at(late):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the request took longer than {self._seconds:g} s to come") from None
+            whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._max_body and not refused:
                 refused = True
                 if message.get("more_body", False):
-                    await self._read_on(receive, read)
+                    await self._read_on(receive, read, late)
                 raise HTTPException(413, f"the request is larger than {self._max_body:,} bytes")
             return message
 
         await self._app(scope, counted, send)
 
-    async def _read_on(self, receive: Receive, read: int) -> None:
+    async def _read_on(self, receive: Receive, read: int, late: float) -> None:
         """Read the rest and drop it, so that the client gets to read the answer; but not without end."""
-        while read < 16 * self._max_body:
-            message = await receive()
-            read += len(message.get("body", b""))
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(late):
+                while read < 16 * self._max_body:
+                    message = await receive()
+                    read += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
 
 
 class BearerKey:
@@ -174,6 +198,36 @@ class BearerKey:
 def require_key(app: FastAPI, key: str, *, under: str) -> None:
     """Let only requests with this bearer token reach the paths under `under`."""
     app.add_middleware(BearerKey, key=key, under=under)
+
+
+class HostCheck:
+    """Refuses requests that a browser was led to send here under another machine's name (DNS rebinding)."""
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            if len(hosts) != 1 or not host_is_ours(hosts[0], self._allowed):
+                text = "the Host header names another machine; this server listens on a loopback address"
+                await error_response(421, text, kind="invalid_request_error")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def check_host(app: FastAPI, host: str, allowed: Sequence[str] = ()) -> None:
+    """Let only requests to this machine's own names reach a server that listens on a loopback address.
+
+    Args:
+        app: What is served.
+        host: The address that it listens on; with any other than a loopback address nothing is checked.
+        allowed: Further names, as a proxy in front of it may pass on.
+    """
+    if is_loopback(host):
+        app.add_middleware(HostCheck, allowed=allowed)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -205,7 +259,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=_WAITING_TO_BE_ACCEPTED)
     except (OSError, OverflowError) as error:
         raise InputError(
             f"this address cannot be served on ({error})",
@@ -231,9 +285,14 @@ def run_app(
         on_start: Called once requests are answered and signals are heeded.
         on_stop: Called when the signal comes, while requests under way go on.
     """
+    limits = Connections(most_connections())
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=patient_protocol(limits),
+        ws="none",
+        loop="asyncio",
+        backlog=ACCEPTED_AT_ONCE,
+        log_level="error",  # no line of the log for each request that is none
         access_log=False,
         lifespan="off",
         # Longer than any Retry-After: a connection must not be closed at the moment its client asks again.
@@ -248,6 +307,22 @@ def run_app(
         signal.signal(signal.SIGTERM, before)
 
 
+def _say_shortly() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """What tells of faults in the event loop: that no more files can be opened, in one line now and then."""
+    told = -math.inf
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal told
+        error = context.get("exception")
+        if not isinstance(error, OSError):
+            loop.default_exception_handler(context)
+        elif loop.time() > told + _SECONDS_BETWEEN_LINES:
+            told = loop.time()
+            log.error("%s (%s)", context.get("message"), error)
+
+    return handle
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]) -> None:
         super().__init__(config)
@@ -255,7 +330,10 @@ class _Server(uvicorn.Server):
         self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_say_shortly())
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_WAITING_TO_BE_ACCEPTED)  # asyncio has set it to what is accepted at once
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

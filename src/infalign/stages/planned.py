@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from infalign.files import plain_name
 from infalign.recipe import Training
 from infalign.training.methods import is_online
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -24,13 +25,18 @@ class PlannedTransform:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PlannedTransform:
-        """Inverse of what `plan.json` holds."""
+        """Inverse of what `plan.json` holds.
+
+        Raises:
+            InputError: If its name, which becomes a folder's, is not a plain one.
+        """
+        name = plain_name(content["name"], "plan.json")
         if "baseline" in content:
-            return cls(content["name"], Identity(), content["beta"], content["baseline"])
+            return cls(name, Identity(), content["beta"], content["baseline"])
         described = content["transform"]
         own = described["kind"] == SelfConsistentTransform.label
         transform = SelfConsistentTransform.from_dict(described) if own else transform_from_dict(described)
-        return cls(content["name"], transform, content["beta"], mixture_weight=content.get("mixture_weight", 1.0))
+        return cls(name, transform, content["beta"], mixture_weight=content.get("mixture_weight", 1.0))
 
     @property
     def reshaped_name(self) -> str:

@@ -18,6 +18,7 @@ from infalign.run_folder import RunFolder
 from infalign.stages.distil import Distillation, distil, measure_distilled
 from infalign.stages.reshape import FILE, KINDS, choose, reshaping_data, write_policy
 from infalign.stages.run import Run, open_run
+from infalign.stages.trust import Trust
 
 _SPLITS_SHOWN = 5
 
@@ -47,6 +48,7 @@ class ReshapeRequest:
         split: Also say how to split the candidates of the procedure between the two models.
         out: Folder of the policy; one in the run folder if None.
         distil: Also train one model on samples of the policy, in this way.
+        trust: What the run's recipe is allowed; nothing by default.
     """
 
     method: str | None = None
@@ -57,6 +59,7 @@ class ReshapeRequest:
     split: bool = False
     out: Path | None = None
     distil: Distillation | None = None
+    trust: Trust | None = None
 
 
 def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def reshape_run(folder: Path, request: ReshapeRequest, reporter: Reporter) -> di
         InputError: If there is no such model, or the run kept no prompts aside to fit on.
         StorageError: If the folder holds no calibrated run, or cannot be written.
     """
-    run = open_run(folder)
+    run = open_run(folder, request.trust)
     planned = {one.name: one for one in run.planned()}
     name = request.method or next(iter(planned))
     if name not in planned or not run.policy_folder(name).is_dir():

@@ -21,6 +21,7 @@ from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RECIPE
 from infalign.run_rewards import RunRewards
 from infalign.stages.planned import PlannedTransform
+from infalign.stages.trust import Trust, policy_sections, reward_sections
 from infalign.training.methods import baseline_reward, is_online
 from infalign.training.reward import TransformedReward
 
@@ -161,12 +162,17 @@ class Run:
         return load_policy(model, trust_remote_code=policy.trust_remote_code, allow_pickle=policy.allow_pickle)
 
 
-def open_run(run_folder: str | Path) -> Run:
+def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: bool = True) -> Run:
     """A calibrated run, to read from.
+
+    Args:
+        run_folder: Its folder.
+        trust: What its recipe is allowed; nothing by default.
+        rewards: Whether its rewards are going to be opened.
 
     Raises:
         StorageError: If the folder does not hold one.
-        InputError: If its recipe is of another version.
+        InputError: If its recipe is of another version, or would do what it is not allowed.
     """
     folder = Path(run_folder)
     if not (folder / "run.json").exists():
@@ -182,7 +188,10 @@ def open_run(run_folder: str | Path) -> Run:
             where=str(folder),
             hint="Do `infalign calibrate` with its recipe first; what is done already is kept",
         )
-    return Run(read_recipe(folder), folder, say=lambda text: None)
+    recipe = read_recipe(folder)
+    sections = [*policy_sections(recipe), *(reward_sections(recipe) if rewards else ())]
+    (trust or Trust()).require(sections, folder)
+    return Run(recipe, folder, say=lambda text: None)
 
 
 def read_recipe(run_folder: Path) -> Recipe:

@@ -50,12 +50,12 @@ const page = (() => {
   const element = (tag, className, text) => {
     const node = document.createElement(tag);
     if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
+    if (text !== undefined) node.textContent = visible(String(text));
     return node;
   };
   // Invisible characters that reorder text are shown by their code, so that what is read is what was written.
   const visible = (text) =>
-    text.replace(/[\u202a-\u202e\u2066-\u2069\u200e\u200f\u061c]/g, (mark) => `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+    text.replace(/[\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb]/g, (mark) => `⟨U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
   const textBlock = (text, className) => {
     const node = element("pre", className ? `text ${className}` : "text", text === "" ? "(empty)" : visible(text));
     node.dir = "auto"; // right-to-left text is laid out as such, and cannot reach beyond its block
