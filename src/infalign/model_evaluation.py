@@ -20,7 +20,7 @@ from infalign.evaluation.fresh import exact_kls, measure_store, with_record
 from infalign.evaluation.predictability import with_predictability
 from infalign.evaluation.record import FILE, Evaluation
 from infalign.evaluation.results import MethodResult
-from infalign.files import write_json, write_text
+from infalign.files import refuse_links_out, write_json, write_text
 from infalign.procedures import InferenceProcedure
 from infalign.report.build import build_report
 from infalign.rollouts.key import RolloutKey
@@ -147,6 +147,7 @@ def check_job(job: Job) -> Checked:
         StorageError: If the folder cannot be written.
     """
     check_writable(job.out)
+    refuse_links_out(job.out)
     if (job.out / "run.json").is_file():
         raise InputError(
             "this is the folder of a run, whose prompts, results and report would be overwritten",
@@ -392,7 +393,9 @@ def candidates_of_run(run: Path, *, checkpoints: bool) -> list[Candidate]:
     for folder in sorted((run / "policies").glob("*")):
         name = folder.name
         if checkpoints:
-            steps = {int(path.name.rpartition("-")[2]): path for path in (folder / "checkpoints").glob("checkpoint-*")}
+            kept_here = (folder / "checkpoints").glob("checkpoint-*")
+            numbered = {path.name.rpartition("-")[2]: path for path in kept_here}
+            steps = {int(number): path for number, path in numbered.items() if number.isdecimal()}
             kept += len(steps)
             found += [Candidate(f"{name} step {step}", str(steps[step]), name, step) for step in sorted(steps)]
         if (folder / "model").is_dir():

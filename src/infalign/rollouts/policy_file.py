@@ -53,7 +53,7 @@ def read_policy_file(folder: str | Path) -> PolicyFile | None:
         else:
             raise InputError(f"the policy is of the unknown kind {kind!r}", where=str(path),
                              hint=f'Use "{MIXTURE}" or "{RESHAPED}"')  # fmt: skip
-        base, *others = (_found(path.parent, str(one)) for one in [content["base"], *aligned])
+        base, *others = (_found(path.parent, one) for one in [content["base"], *aligned])
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,10 +95,16 @@ def _weights(content: Mapping[str, Any]) -> list[float]:
     raise KeyError("weights")
 
 
-def _found(folder: Path, named: str) -> str:
+def _found(folder: Path, named: object) -> str:
     """A path relative to the file's folder where there is such a folder; else the name as it is."""
+    if not isinstance(named, str) or not named.strip() or not named.isprintable():
+        raise ValueError(f"{named!r} names no model")
     there = folder / named
-    return str(there.resolve()) if there.is_dir() else named
+    if not there.is_dir():
+        return named
+    if (there / NAME).is_file():  # perhaps this very folder, without end
+        raise ValueError(f"{named!r} is a policy of several models itself")
+    return str(there.resolve())
 
 
 def _relative(folder: Path, named: str) -> str:
