@@ -35,10 +35,12 @@ class SequenceTrainer(RLOOTrainer):
         on_rollouts: Called after each step's rollouts with the sequence log-ratios log π(y) − log p(y) in nats of all
             processes, in the order of the batch; what it returns is logged.
         log_ratio_B: Those of this process.
+        tells_texts: A reward need not decode responses itself.
     """
 
     on_rollouts: Callable[[NDArray[np.float64]], dict[str, float]] | None = None
     prompt_ids: Mapping[str, list[int]] | None = None
+    tells_texts = True
     _logprobs: list[torch.Tensor] | None = None
     _inputs: Sequence[Mapping[str, Any]] = ()
     _shown_ids: Sequence[Sequence[int]] = ()  # of the batch's prompts
