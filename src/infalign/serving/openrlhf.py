@@ -13,8 +13,8 @@ from typing import Any
 
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError
+from infalign.rollouts.fill import encoded_responses
 from infalign.rollouts.rendering import rendered_text
-from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import excerpt
 from infalign.wording import counted
 
@@ -39,7 +39,8 @@ class PromptTexts:
         # Some decoders write spaces between all tokens, special ones among them.
         self._special = [f" {one}" for one in special if self._spaced(one)] + sorted(special)
         said = [text for text in references if text]
-        self._begins_with_space = self._drops_space() and bool(said) and all(text.startswith(" ") for text in said)
+        spaced = bool(said) and all(text.startswith(" ") for text in said)
+        self._begins_with_space = spaced and self._drops_space(said[0])
 
     def prompt_id(self, text: str) -> str:
         """The id of the prompt that is shown as `text`.
@@ -97,13 +98,13 @@ class PromptTexts:
             ids = whole[: start + len(ids)]
         return tokenizer.decode(ids)
 
-    def _drops_space(self) -> bool:
-        """Whether a response that is decoded alone can lose the space that it begins with."""
-        ids = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-        return response_texts(self._tokenizer, [ids], [ids])[0] != self._tokenizer.decode(ids)
+    def _drops_space(self, text: str) -> bool:
+        """Whether a response that begins with a space would lose it, decoded alone."""
+        return not self._tokenizer.decode(encoded_responses(self._tokenizer, [text])[0]).startswith(" ")
 
     def _spaced(self, special: str) -> bool:
         """Whether the decoder writes a space between a text and this special token behind it."""
-        ids = self._tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+        some = next(iter(self._id_of))
+        ids = self._tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
         end = self._tokenizer.convert_tokens_to_ids(special)
         return self._tokenizer.decode([*ids, end]) == f"{self._tokenizer.decode(ids)} {special}"
