@@ -89,7 +89,11 @@ def test_a_served_query_reads_alike_whoever_decodes_it():
 
 def test_a_template_with_the_time_is_rendered_at_one_moment():
     tokenizer = make_tokenizer("gpt2")
-    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d %H:%M') }} {{ messages[0]['content'] }}"
+    # As Llama's templates ask for the date, and in a block of its own.
+    tokenizer.chat_template = (
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%Y-%m-%d') %}{%- endif %}"
+        "{% for m in messages %}{{ day }} {{ strftime_now('%H:%M') }} {{ m['content'] }}{% endfor %}"
+    )
     fixed = Prompt(CHAT, rendered_at="2019-03-04T05:06:07")
     assert tokenizer.decode(prompt_token_ids(tokenizer, [fixed])[0]) == "2019-03-04 05:06 the cat"
     assert PromptTexts([fixed], tokenizer).prompt_id("2019-03-04 05:06 the cat") == fixed.id

@@ -138,6 +138,7 @@ def decode_command(
     from infalign.decode.answers import AnswerFile
     from infalign.decode.decoder import Decoder
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.rehearsal import rehearse
     from infalign.rollouts.rendering import moment_now
     from infalign.rollouts.score import FunctionReward, column_names
 
@@ -156,6 +157,7 @@ def decode_command(
     source = None if reward is None else open_named_reward(reward, **weights)
     if isinstance(source, FunctionReward):
         source.require_columns([*column_names(wanted), "prompt_id"])
+        rehearse(source, wanted, f"--reward {reward}")
     found = None if calibration is None else open_calibration(calibration, source)
     # Policy and reward are told one moment by chat templates with a date in them: the calibration's, if there is one.
     moment = moment_now() if found is None else found.prompts[0].rendered_at
