@@ -157,7 +157,6 @@ def decode_command(
     source = None if reward is None else open_named_reward(reward, **weights)
     if isinstance(source, FunctionReward):
         source.require_columns([*column_names(wanted), "prompt_id"])
-        rehearse(source, wanted, f"--reward {reward}")
     found = None if calibration is None else open_calibration(calibration, source)
     # Policy and reward are told one moment by chat templates with a date in them: the calibration's, if there is one.
     moment = moment_now() if found is None else found.prompts[0].rendered_at
@@ -166,12 +165,14 @@ def decode_command(
         source.render_at(moment)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if endpoint is None:
-        sampler, identity = _local(str(model), settings, weights)
+        sampler, identity = _local(str(model), settings, weights, wanted)
     else:
         server = Endpoint(endpoint, api_key_variable)
         sampler, identity = served_sampler(
             *(server, str(model_name), aligned_name, aligned_weight, concurrency or 16, settings)
         )
+    if source is not None:
+        rehearse(source, wanted, f"--reward {reward}")
     ranked_by = source if found is None else found.reward
     decoding: dict[str, Any] = {
         "calibrator": None if found is None else found.calibrator,
@@ -246,13 +247,18 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
     return EarlyStopping(chosen.n, stop_at, block)
 
 
-def _local(model: str, settings: dict[str, Any], weights: dict[str, Any]) -> tuple[CandidateSampler, str]:
+def _local(
+    model: str, settings: dict[str, Any], weights: dict[str, Any], prompts: Sequence[Prompt]
+) -> tuple[CandidateSampler, str]:
     """What draws from a policy of this machine, and its identity for the record."""
     from infalign.decode.local import sampler_of
     from infalign.rollouts.opening import open_policy
+    from infalign.rollouts.rendering import require_chat_template
 
     silence_libraries()
     policy = open_policy(model, **weights)
+    if any(not isinstance(one.prompt, str) for one in prompts):
+        require_chat_template(policy.tokenizer)
     return sampler_of(policy, **settings), policy.fingerprint
 
 
