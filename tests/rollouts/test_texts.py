@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from infalign.rollouts.rewards import FunctionReward, SequenceClassificationRewa
 from infalign.rollouts.texts import response_texts, shown
 from infalign.rollouts.tokens import prompt_token_ids
 from infalign.serving.openrlhf import PromptTexts
+from infalign.training.drop_in import texts_in_context
 from tests.conformance.families import FAMILIES, make_tokenizer
 
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -100,6 +102,21 @@ def test_a_template_with_the_time_is_rendered_at_one_moment():
     assert fixed.id == Prompt(CHAT).id
     now = tokenizer.decode(prompt_token_ids(tokenizer, [Prompt(CHAT)])[0])
     assert now.startswith(str(datetime.date.today().year))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trainer_of_ones_own_decodes_alone_and_is_put_right(family):
+    tokenizer = make_tokenizer(family)
+    ends = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 4]))
+    trainer = SimpleNamespace(processing_class=tokenizer, model=ends)
+    word = tokenizer("cat the", add_special_tokens=False)["input_ids"][-1]
+    alone = tokenizer.decode([word])
+    prompts, ids = [Prompt("the cat"), Prompt(CHAT)], [[word, 4], [word]]
+    given = [alone, [{"role": "assistant", "content": alone}]]
+    assert texts_in_context(trainer, prompts, given, ids) == [" the", " the"]
+    assert texts_in_context(trainer, prompts, given, None) is given
+    turns = [alone, [{"role": "assistant", "content": alone}, {"role": "tool", "content": "1"}]]
+    assert texts_in_context(trainer, prompts, turns, ids) is turns
 
 
 # --- messages and columns --------------------------------------------------------------------------------------------
