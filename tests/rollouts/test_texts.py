@@ -18,6 +18,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -36,6 +37,7 @@ from infalign.rollouts.texts import response_texts, shown
 from infalign.rollouts.tokens import prompt_token_ids
 from infalign.serving.openrlhf import PromptTexts
 from infalign.training.drop_in import texts_in_context
+from infalign.training.trainer import positions_from_mask
 from tests.conformance.families import FAMILIES, make_tokenizer
 
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -310,6 +312,17 @@ def test_positions_that_begin_behind_the_padding_index(tmp_path):
     text = " ".join(["w2"] * 20)
     scores = SequenceClassificationReward(tmp_path).score(["", ""], [text, "w3"])
     assert scores == pytest.approx([logit(model, [12, *[2] * 6, 13]), logit(model, [12, 3, 13])], abs=1e-5)
+
+
+def test_a_padded_prompt_is_read_at_its_own_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=14, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    ids, mask = torch.tensor([[0, 0, 0, 5, 6, 7]]), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    with torch.no_grad(), positions_from_mask(model):
+        padded = model(input_ids=ids, attention_mask=mask).logits[:, 3:]
+    alone = model(input_ids=ids[:, 3:]).logits
+    torch.testing.assert_close(padded, alone)
+    assert not torch.allclose(model(input_ids=ids, attention_mask=mask).logits[:, 3:], alone, atol=1e-3)
 
 
 # --- a reward for the other form -------------------------------------------------------------------------------------
