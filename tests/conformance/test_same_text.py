@@ -33,6 +33,9 @@ SHOWN = []
 def said(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
+def length(prompts, completions):
+    return [float(len(text)) for text in completions]
+
 def recorded(prompts, completions, note, **more):
     SHOWN.extend(json.dumps([p, c, n, sorted(more)]) for p, c, n in zip(prompts, completions, note, strict=True))
     rewards = [float("the" in said(one)) for one in completions]
@@ -160,3 +163,23 @@ def test_every_verb_shows_a_reward_the_same_rows(family, kind, module, tmp_path,
                         assert answer.status_code == 200, (name, answer.json())
     batcher.stop()
     assert taken(module) == train, "serve-reward"
+
+
+@pytest.mark.parametrize("verb", ["run", "decode", "audit", "evaluate"])
+def test_a_reward_on_the_length_of_a_text_is_no_constant_on_chat(verb, module, tmp_path, capfd, monkeypatch):
+    make_policy("gpt2", tmp_path / "policy")
+    for name, part in (("prompts", slice(2)), ("held_out", slice(2, 4))):
+        lines = [json.dumps(row) + "\n" for row in list(rows_of("chat"))[part]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("recorded_reward:recorded", "recorded_reward:length"))
+    common = ("--prompts", "prompts.jsonl", "--reward", f"{MODULE}:length", "--model", tmp_path / "policy")
+    arguments = {
+        "run": ("recipe.yaml", "--dry-run"),
+        "decode": (*common, "--procedure", "best-of-2"),
+        "audit": (*common, "--threshold", 2, "--out", "audit"),
+        "evaluate": (*common, "--reference", tmp_path / "policy", "--out", "evaluation"),
+    }[verb]
+    code, _, err = infalign(capfd, monkeypatch, verb, *arguments)
+    assert code == 2
+    assert "without reading what it says" in err.replace("\n", " ")
+    assert "completion[-1]['content'] is its text" in err.replace("\n", " ")
