@@ -38,11 +38,12 @@ def vowels(prompts, completions, note):
     assert all(prompt == f"Say {n[0]}: " for prompt, n in zip(prompts, note, strict=True)), "each its own row"
     return [sum(c in "aeiou" for c in text) + len(text) / 100 for text in completions]
 
+# The two sample responses of the check before a run do not show what is wrong with these.
 def broken(prompts, completions):
-    return [float("nan") for _ in completions]
+    return [float("nan") if len(completions) > 2 else 1.0 for _ in completions]
 
 def short(prompts, completions):
-    return [1.0] * (len(completions) - 1)
+    return [1.0] * (len(completions) - (len(completions) > 2))
 
 def short_is_good(prompts, completions):
     return [-1e6 * len(text) for text in completions]

@@ -28,7 +28,7 @@ def slow(prompts, completions):
     return length(prompts, completions)
 
 def number(prompts, completions):
-    return [float(c) for c in completions]
+    return [float(c if isinstance(c, str) else c[-1]["content"]) for c in completions]
 
 def not_seven(prompts, completions):
     return [None if p == "Number 7: " else float(len(c)) for p, c in zip(prompts, completions)]

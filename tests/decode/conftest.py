@@ -14,6 +14,7 @@ from infalign.decode.local import LocalSampler
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.rewards import FunctionReward
 from infalign.testbed.toy import random_llama
+from tests.responses import said
 from tests.training.enumerable import TOKENS, enumerate_responses, hashed_reward
 
 torch.set_num_threads(1)
@@ -56,6 +57,6 @@ def enumerated(tmp_path_factory) -> Enumerated:
     model, tokenizer = load_policy(random_llama(tmp_path_factory.mktemp("words"), 14, hidden_size=32, seed=4))
     prompt = Prompt("a b")
     responses = enumerate_responses(model, tokenizer, prompt.prompt)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    texts = [said(tokenizer, prompt.prompt, ids) for ids in responses]
     rewards = np.array(hashed_reward([prompt.prompt] * len(texts), texts))
     return Enumerated(model, tokenizer, prompt, rewards, np.exp(list(responses.values())))

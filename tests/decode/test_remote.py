@@ -35,7 +35,7 @@ def numbers(number, path, content, headers):
 
 
 def number_said(prompts, completions):
-    return [float(completion) for completion in completions]
+    return [float(one if isinstance(one, str) else one[0]["content"]) for one in completions]
 
 
 def sampler(server, **settings):

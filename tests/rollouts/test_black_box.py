@@ -13,6 +13,7 @@ from infalign.procedures.measured import MeasuredProcedure
 from infalign.rollouts.black_box import decoder_key, run_decoder
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
+from tests.responses import said
 
 PROMPTS = [Prompt("a"), Prompt("c a b"), Prompt("b b")]
 HERE = "tests.rollouts.test_black_box"
@@ -69,7 +70,7 @@ def test_the_widest_beam_finds_the_likeliest_response(words, tmp_path):
     for prompt, text in zip(PROMPTS, texts[:, 0], strict=True):
         every = probabilities(words, prompt.prompt, 2)
         best = max(every, key=lambda tokens: np.log(every[tokens]) / len(tokens))
-        assert text == words.tokenizer.decode([t for t in best if t != end], skip_special_tokens=True)
+        assert text == said(words.tokenizer, prompt.prompt, [t for t in best if t != end])
 
 
 def test_the_best_of_n_by_a_proxy(words, tmp_path):
@@ -86,16 +87,16 @@ def test_the_best_of_n_by_a_proxy(words, tmp_path):
 
 def test_a_nucleus_leaves_unlikely_words_out(words, tmp_path):
     _, texts = run(words, tmp_path, {"top_p": 0.3}, count=60, length=1)
-    for prompt, said in zip(PROMPTS, texts, strict=True):
+    for prompt, drawn in zip(PROMPTS, texts, strict=True):
         every = probabilities(words, prompt.prompt, 1)
         ordered = sorted(every, key=lambda tokens: -every[tokens])
         before = np.cumsum([0.0] + [every[tokens] for tokens in ordered])[:-1]
         kept = {
-            words.tokenizer.decode([t for t in tokens if t > 1])
+            said(words.tokenizer, prompt.prompt, [t for t in tokens if t > 1])
             for tokens, p in zip(ordered, before, strict=True)
             if p < 0.3
         }
-        assert set(said) <= kept
+        assert set(drawn) <= kept
 
 
 def test_a_function_of_ones_own(words, tmp_path):

@@ -19,6 +19,7 @@ from infalign.rollouts.opening import open_policies
 from infalign.rollouts.policy import UnfinishedError
 from infalign.rollouts.reshaped import ReshapedPolicy
 from infalign.rollouts.store import RolloutStore
+from tests.responses import said
 from tests.rollouts.policies import PROMPTS, TOKENS, Bounded, Pair, make_pair
 from tests.rollouts.served_models import ServedModels
 from tests.rollouts.test_policy import IDS
@@ -41,7 +42,7 @@ def served(server, name, **settings):
 
 def texts(pair, p):
     """What each response reads as; some read alike."""
-    return [pair.tokenizer.decode(one, skip_special_tokens=True) for one in pair.responses[p]]
+    return [said(pair.tokenizer, PROMPTS[p].prompt, one) for one in pair.responses[p]]
 
 
 def test_a_served_mixture(pair, models, tmp_path):

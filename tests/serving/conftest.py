@@ -26,7 +26,8 @@ training: {prompts_per_step: 2, num_generations: 4}
 """
 REWARDS = """
 def vowels(prompts, completions, note=None):
-    rows = zip(completions, note or [""] * len(completions), strict=True)
+    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    rows = zip(texts, note or [""] * len(completions), strict=True)
     return [sum(c in "aeiou" for c in text) + len(text) / 100 + len(n) for text, n in rows]
 """
 USER = {"role": "user", "content": "Say 2"}
@@ -84,9 +85,11 @@ def folder(tmp_path_factory):
     )
     (where / "serve_rewards.py").write_text(
         "def vowels(prompts, completions):\n"
-        "    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+        "    texts = [one if isinstance(one, str) else one[-1]['content'] for one in completions]\n"
+        "    return [float(sum(c in 'aeiou' for c in text)) for text in texts]\n"
         "def numbers(prompts, completions):\n"
-        "    return [None if 'unscorable' in str(p) else float(c) for p, c in zip(prompts, completions)]\n"
+        "    texts = [one if isinstance(one, str) else one[-1]['content'] for one in completions]\n"
+        "    return [None if 'unscorable' in str(p) else float(c) for p, c in zip(prompts, texts)]\n"
         "def graded(prompts, completions, answer):\n"
         "    return [0.0 for _ in completions]\n"
     )

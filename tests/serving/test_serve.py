@@ -30,7 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 def vowels(prompts, completions):
-    return [float(sum(c in "aeiou" for c in text)) for text in completions]
+    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
+    return [float(sum(c in "aeiou" for c in text)) for text in texts]
 
 
 def client_of(server, **settings):

@@ -18,6 +18,7 @@ from infalign.testbed.toy import random_llama
 from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
 from infalign.training.reward import TransformedReward
 from infalign.transforms import RewardTransform
+from tests.responses import said
 
 TOKENS = 2
 PROMPTS = [Prompt("a b"), Prompt("c d a")]
@@ -71,7 +72,7 @@ class Testbed:
         self.calibrator = RewardCalibrator().fit(np.array(drawn))
 
     def rewards(self, prompt: Prompt, responses: dict[tuple[int, ...], float]) -> np.ndarray:
-        texts = [self.tokenizer.decode(s, skip_special_tokens=True) for s in responses]
+        texts = [said(self.tokenizer, prompt.prompt, s) for s in responses]
         return np.array(hashed_reward([prompt.prompt] * len(texts), texts))
 
     def reward(self, transform: RewardTransform, beta: float, **more: Any) -> TransformedReward:

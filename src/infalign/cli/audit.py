@@ -111,10 +111,12 @@ def audit_command(
     from infalign.audit.page import worst_examples, write_audit_report
     from infalign.audit.run import audit
     from infalign.audit.words import text_table
+    from infalign.rollouts.rehearsal import rehearse
     from infalign.run_folder import versions
 
     silence_libraries()
     judge = _judge(reward, threshold, success)
+    rehearse(judge.source, asked, f"--reward {reward}" if success is None else f"--success {success}")
     targets = _targets(model, endpoint, api_key_variable, batch_size, trust_remote_code)
     refuses = None if refusal is None else open_named_reward(refusal, option="--refusal")
     try:

@@ -145,6 +145,7 @@ def decode_command(
     from infalign.decode.answers import AnswerFile
     from infalign.decode.decoder import Decoder
     from infalign.rollouts.http import Endpoint
+    from infalign.rollouts.rehearsal import rehearse
     from infalign.rollouts.rendering import moment_now
     from infalign.rollouts.score import FunctionReward, column_names
 
@@ -171,10 +172,12 @@ def decode_command(
         source.render_at(moment)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if endpoint is None:
-        sampler, identity = _local(str(model), blend, settings, weights)
+        sampler, identity = _local(str(model), blend, settings, weights, wanted)
     else:
         server = Endpoint(endpoint, api_key_variable)
         sampler, identity = served_sampler(server, str(model_name), blend, concurrency, settings)
+    if source is not None:
+        rehearse(source, wanted, f"--reward {reward}")
     ranked_by = source if found is None else found.reward
     decoding: dict[str, Any] = {
         "calibrator": None if found is None else found.calibrator,
@@ -250,13 +253,16 @@ def _procedure(text: str, n: int | None, k: int | None, stop_at: float | None, b
 
 
 def _local(
-    model: str, blend: Blend | None, settings: dict[str, Any], weights: dict[str, Any]
+    model: str, blend: Blend | None, settings: dict[str, Any], weights: dict[str, Any], prompts: Sequence[Prompt]
 ) -> tuple[CandidateSampler, str]:
     """What draws from a policy of this machine, and its identity for the record."""
     from infalign.decode.local import sampler_of
+    from infalign.rollouts.rendering import require_chat_template
 
     silence_libraries()
     policy = open_model(model, blend, weights)
+    if any(not isinstance(one.prompt, str) for one in prompts):
+        require_chat_template(policy.tokenizer)
     return sampler_of(policy, **settings), policy.fingerprint
 
 

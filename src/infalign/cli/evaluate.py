@@ -130,6 +130,7 @@ def evaluate_command(
     reporter.say("Loading libraries …")
     from infalign.model_evaluation import Job, candidates_of_run, evaluate_models
     from infalign.report.table import text_table
+    from infalign.rollouts.rehearsal import rehearse
     from infalign.stages.run import read_recipe
     from infalign.stages.trust import Trust, gold_sections, policy_sections, reward_sections
 
@@ -179,6 +180,9 @@ def evaluate_command(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    rehearse(job.reward, job.prompts, f"the reward {job.reward}")
+    for name, source in job.gold.items():
+        rehearse(source, job.prompts, f"--gold {name}")
     try:
         evaluation = evaluate_models(job, reporter)
     except KeyboardInterrupt:

@@ -163,6 +163,8 @@ def serve_command(
         key=key,
         **settings,
     )
+    for kind, error in _unfit(source).items():
+        reporter.say(f"The reward is not written for {kind} requests: {error}")
     server = ProcedureServer(served)
     check_host(server.app, host, allowed_host or ())
     reporter.say(
@@ -204,3 +206,27 @@ def _require_no_columns(source: RewardSource | None) -> None:
 
     if isinstance(source, FunctionReward):
         source.require_columns(["prompt_id"])
+
+
+def _unfit(source: RewardSource | None) -> dict[str, InputError]:
+    """The kinds of requests whose form a reward was not written for.
+
+    Raises:
+        InputError: It is fit for neither.
+    """
+    from infalign.data import Prompt
+    from infalign.rollouts.rehearsal import rehearse
+    from infalign.rollouts.rewards import FunctionReward
+
+    if not isinstance(source, FunctionReward):
+        return {}
+    found: dict[str, InputError] = {}
+    asked = "What is on the mat?"
+    for kind, prompt in (("text", asked), ("chat", [{"role": "user", "content": asked}])):
+        try:
+            rehearse(source, [Prompt(prompt)], f"--reward {source}")
+        except InputError as error:
+            found[kind] = error
+    if len(found) == 2:
+        raise found["chat"]
+    return found

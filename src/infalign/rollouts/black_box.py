@@ -153,6 +153,7 @@ def _decoded(
     if procedure.proxy is not None:
         owners = [one for one in prompts for _ in range(n)]
         source = proxy_reward(procedure.proxy)
+        source.render_at(prompts[0].rendered_at)
         columns = columns_of(owners, column_names(owners))
         scores = source.score_rows([one.prompt for one in owners], texts, **columns)
         bad = np.flatnonzero(np.isnan(scores.rewards))

@@ -38,12 +38,14 @@ def cut(tokenizer: Any, ids: Sequence[int], limit: int) -> list[int]:
 
 def _around(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int], list[int]]:
     """The special tokens at both ends that the tokenizer writes around any text, as far as they are there."""
-    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    dressed = tokenizer("a", verbose=False)["input_ids"]
-    start = next((at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), 0)
-    head, tail = list(dressed[:start]), list(dressed[start + len(bare) :]) if bare else []
-    head = head if list(ids[: len(head)]) == head else []
-    tail = tail if tail and list(ids[-len(tail) :]) == tail else []
+    alone = list(tokenizer("", verbose=False)["input_ids"])
+    head: list[int] = []
+    tail: list[int] = []
+    for split in range(len(alone), -1, -1):
+        before, after = alone[:split], alone[split:]
+        if list(ids[:split]) == before and list(ids[len(ids) - len(after) :]) == after:
+            head, tail = before, after
+            break
     first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     if not head and ids[0] in first:  # a chat template writes it itself
         head = [ids[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from infalign.errors import InputError
 from infalign.rollouts.policy import LocalPolicy, Policy
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import context_length, prompt_token_ids
 from infalign.wording import counted
 
@@ -97,8 +99,26 @@ def response_token_ids(tokenizer: Any, rows: Mapping[str, Sequence[Any]]) -> lis
     out = [[] if ids is None else list(ids) for ids in rows["token_ids"]]
     if unknown:
         texts = [rows["text"][row] for row in unknown]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in zip(unknown, encoded, strict=True):
+        for row, ids in zip(unknown, encoded_responses(tokenizer, texts), strict=True):
             end = [tokenizer.eos_token_id] if rows["finish_reason"][row] == "stop" else []
             out[row] = [*ids, *end]
     return out
+
+
+def encoded_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids that read as these texts behind a prompt, as far as a plain way to tokenize them gives such."""
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    found = [tokens(text) for text in texts]
+    before = next((ids for ids in found if ids), [])
+    read = response_texts(tokenizer, [before] * len(texts), found)
+    # Some tokenizers put a space before any text: one too many before each, whether or not it begins with its own.
+    for row in [row for row, text in enumerate(texts) if read[row] != text]:
+        with suppress(Exception):  # a tokenizer without a line break, and without a token for what it does not know
+            text = texts[row]
+            other = tokens(text[1:]) if text.startswith(" ") else tokens(f"\n{text}")[len(tokens("\n")) :]
+            if response_texts(tokenizer, [before], [other])[0] == text:
+                found[row] = other
+    return found

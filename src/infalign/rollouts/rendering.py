@@ -16,6 +16,7 @@ from infalign.errors import InputError
 from infalign.rollouts.template_errors import explaining
 
 _CLOCK = "strftime_now"  # how a template asks for the time, in transformers
+_CODES = "%a %A %w %d %b %B %m %y %Y %H %I %M %S %f %p %z %Z %j %U %W %c %x %X %G %u %V %e %D %F %T %R %-d %-m %-H %-I"
 
 
 def moment_now() -> str:
@@ -56,9 +57,16 @@ def require_chat_template(tokenizer: Any) -> None:
                          hint="Use a chat model, or give the prompts as text")  # fmt: skip
 
 
+def _stopped_clock(moment: datetime.datetime) -> str:
+    """A macro that stands in the clock's place; transformers hands a template values, but no functions."""
+    tell = "".join(f" | replace({code!r}, {moment.strftime(code)!r})" for code in sorted(_CODES.split(), key=len)[::-1])
+    percent = "| replace('%%', '\\x00')", "| replace('\\x00', '%')"
+    return f"{{% macro {_CLOCK}(format) %}}{{{{ format {percent[0]}{tell} {percent[1]} }}}}{{% endmacro %}}"
+
+
 def _render(tokenizer: Any, messages: Sequence[Message], to_answer: bool, at: str | None, **how: Any) -> Any:
     require_chat_template(tokenizer)
     if at is not None and reads_the_clock(tokenizer):
-        how[_CLOCK] = datetime.datetime.fromisoformat(at).strftime
+        how["chat_template"] = _stopped_clock(datetime.datetime.fromisoformat(at)) + tokenizer.get_chat_template()
     with explaining(tokenizer):
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=to_answer, **how)

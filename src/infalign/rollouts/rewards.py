@@ -229,9 +229,8 @@ def check_scores(
 class HTTPReward(RewardSource):
     """A server that scores: gets `{"prompts": [...], "completions": [...]}`, answers `{"rewards": [...]}`.
 
-    Prompts and completions have the form that a `FunctionReward` is shown.
-
-    A null among the rewards marks that response as unscored; so does a request that fails for good.
+    Prompts and completions have the form that a `FunctionReward` is shown. A null among the rewards marks
+    that response as unscored; so does a request that fails for good.
 
     Args:
         endpoint: The server, and how patient to be with it.

@@ -81,7 +81,9 @@ def make_reward_app(
     """
     run = reward.run
     texts = PromptTexts(
-        reward.prompts, load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code)
+        reward.prompts,
+        load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code),
+        run.store("reference").table(["text"])["text"].to_pylist(),
     )
     batcher = Batcher[_Asked, RewardAnswer](
         lambda asked: _reward(reward, asked), capacity=capacity, max_batch=batch_size

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from infalign.data import Prompt
+from infalign.rollouts.texts import response_texts
+from infalign.rollouts.tokens import end_tokens, prompt_token_ids
 from infalign.training.objective import GRPO_OBJECTIVE, OBJECTIVE
 
 
@@ -68,6 +72,26 @@ def calling_trainer(log_metric: Any) -> Any:
     """
     trainer = getattr(log_metric, "__self__", None)
     return trainer if hasattr(trainer, "args") and hasattr(trainer, "model") else None
+
+
+def texts_in_context(trainer: Any, prompts: Sequence[Prompt], completions: Sequence[Any], ids: Any) -> Sequence[Any]:
+    """Responses of a trainer as rollouts of a store have them, where the trainer's tokens tell.
+
+    TRL decodes a response alone, and some decoders then drop the space that it begins with (`texts.response_texts`).
+
+    Args:
+        trainer: The calling trainer.
+        prompts: B prompts.
+        completions: What the trainer gave; returned where its tokens do not tell, as for several turns.
+        ids: Token ids of the responses, as TRL passes `completion_ids`; None if it passed none.
+    """
+    tokenizer = getattr(trainer, "processing_class", None)
+    single = all(isinstance(one, str) or len(one) == 1 for one in completions)
+    if ids is None or not single or not hasattr(tokenizer, "batch_decode") or hasattr(tokenizer, "image_processor"):
+        return completions
+    ends = set(end_tokens(trainer.model, tokenizer))
+    responses = [one[:-1] if len(one) and int(one[-1]) in ends else one for one in ids]
+    return response_texts(tokenizer, prompt_token_ids(tokenizer, prompts), responses)
 
 
 def warn_of_settings(trainer: Any, reward: Any) -> None:

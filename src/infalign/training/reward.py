@@ -20,7 +20,7 @@ from infalign.procedures import InferenceProcedure
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import column_names, columns_of
 from infalign.theory.finite_k import tilt_at_ranks
-from infalign.training.drop_in import calling_trainer, warn_of_settings
+from infalign.training.drop_in import calling_trainer, texts_in_context, warn_of_settings
 from infalign.training.mixture import check_weight, mixture_log_partition
 from infalign.training.rank_value import RankTable
 from infalign.training.ranked import RankedRollouts
@@ -195,7 +195,8 @@ class TransformedReward:
             InputError: If there is no `prompt_id`, or one that the calibrator does not know.
             RewardError: If the source leaves a response without a finite score.
         """
-        if not self._checked and (trainer := calling_trainer(log_metric)) is not None:
+        trainer = calling_trainer(log_metric)
+        if not self._checked and trainer is not None:
             self._checked = True
             warn_of_settings(trainer, self)
         if prompt_id is None:
@@ -204,6 +205,10 @@ class TransformedReward:
                 where="TransformedReward",
                 hint="Add the prompt ids that the calibration was fitted with, and keep remove_unused_columns=False",
             )
+        if trainer is not None and not getattr(trainer, "tells_texts", False):
+            given = zip(prompt_id, prompts, strict=True)
+            known = [self._prompt_of[i] if i in self._prompt_of else Prompt(prompt) for i, prompt in given]
+            completions = texts_in_context(trainer, known, completions, columns.get("completion_ids"))
         rewards = self.score(prompts, completions, prompt_id, **columns)
         ranked = self.rank(rewards, prompt_id)
         tilt_B = self.tilt(rewards, prompt_id, ranked)

@@ -7,7 +7,8 @@ changes the training. Here the numbers belong to a rollout: (seed, step, place i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +25,27 @@ from infalign.rollouts.texts import response_texts, shown
 from infalign.training.running import ADVICE
 
 
+@contextmanager
+def positions_from_mask(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the model counts positions from its first real token, as it does when rollouts are drawn.
+
+    TRL pads prompts on the left and says no positions: a model that learned absolute ones (GPT-2) then reads a short
+    prompt as if it stood further back.
+    """
+
+    def tell(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return args, kwargs
+
+    hook = model.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class SequenceTrainer(RLOOTrainer):
     """`RLOOTrainer` that samples reproducibly and tells the sequence KL of each rollout.
 
@@ -35,10 +57,12 @@ class SequenceTrainer(RLOOTrainer):
         on_rollouts: Called after each step's rollouts with the sequence log-ratios log π(y) − log p(y) in nats of all
             processes, in the order of the batch; what it returns is logged.
         log_ratio_B: Those of this process.
+        tells_texts: A reward need not decode responses itself.
     """
 
     on_rollouts: Callable[[NDArray[np.float64]], dict[str, float]] | None = None
     prompt_ids: Mapping[str, list[int]] | None = None
+    tells_texts = True
     _logprobs: list[torch.Tensor] | None = None
     _inputs: Sequence[Mapping[str, Any]] = ()
     _shown_ids: Sequence[Sequence[int]] = ()  # of the batch's prompts
@@ -83,8 +107,9 @@ class SequenceTrainer(RLOOTrainer):
                 raise TrainingError(error.what, where="training", hint=ADVICE) from error
         return [one.token_ids for one in drawn]
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with positions_from_mask(model):
+            found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._logprobs is not None:
             self._logprobs.append(found[0])
         return found
