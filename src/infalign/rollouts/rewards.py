@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import importlib
 import inspect
+import math
 import numbers
+import reprlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import model_fingerprint, model_name
+from infalign.rollouts.outside import in_short
+from infalign.rollouts.threads import each_in_threads, in_a_thread
 from infalign.rollouts.tokens import require_chat_template
 from infalign.wording import counted
 
@@ -203,11 +206,15 @@ def check_scores(
         if value is None:
             rewards[row], errors[row] = np.nan, "it returned no reward"
         elif not isinstance(value, numbers.Real):
-            raise RewardError(f"{at}: the reward is {value!r}, not a number", where=where, hint=NUMBER_OR_NONE)
-        elif not np.isfinite(float(value)):
-            raise RewardError(f"{at}: the reward is {float(value)}", where=where, hint=NUMBER_OR_NONE)
+            raise RewardError(f"{at}: the reward is {reprlib.repr(value)}, not a number", where=where,
+                              hint=NUMBER_OR_NONE)  # fmt: skip
         else:
-            rewards[row] = float(value)
+            try:
+                rewards[row] = float(value)
+            except OverflowError:
+                rewards[row] = math.inf
+            if not math.isfinite(rewards[row]):
+                raise RewardError(f"{at}: the reward is {rewards[row]}", where=where, hint=NUMBER_OR_NONE)
     return Scores(rewards, errors)
 
 
@@ -247,14 +254,21 @@ class HTTPReward(RewardSource):
             content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
             count, of = len(content["completions"]), prompt_ids and prompt_ids[start:stop]
             try:
-                answer = self._endpoint.post("", content)
-            except EndpointError as error:
-                return Scores(np.full(count, np.nan), [str(error)] * count)
+                answer = self._endpoint.post("", content, largest=(1 << 20) + 4096 * count)
+            except EndpointError as error:  # without the address, which is nobody's business where rewards are stored
+                said = f" ({error.said})" if error.said else ""
+                return Scores(np.full(count, np.nan), [error.what + said] * count)
             values = answer.get("rewards") if isinstance(answer, dict) else answer
+            if isinstance(values, list):
+                known = self._endpoint.secrets()
+                values = [
+                    one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values
+                ]
+            else:
+                values = None
             return check_scores(values, count, start, self.key, of)
 
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            parts = list(pool.map(one, starts))
+        parts = each_in_threads(one, starts, min(self._concurrency, max(1, len(starts))))
         rewards = np.concatenate([part.rewards for part in parts]) if parts else np.empty(0)
         return Scores(rewards, [error for part in parts for error in part.errors])
 
@@ -291,7 +305,11 @@ def _wait_for(result: Any) -> Any:
     async def finish() -> Any:
         return await result
 
-    return asyncio.run(finish())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(finish())
+    return in_a_thread(lambda: asyncio.run(finish()))  # this thread has a loop of its own, as in a notebook
 
 
 class SequenceClassificationReward(RewardSource):
