@@ -28,11 +28,12 @@ class ServedPolicy(Policy):
     """A model behind a server. Two of one server, a base and an adapter under two names, make a `MixturePolicy`.
 
     Text prompts go to `/completions`, messages to `/chat/completions`, each asking for all missing rollouts of one
-    prompt at once; a server that gives or allows fewer choices than asked for is asked again. A response that the server
-    cut, also one that has no text yet or that a filter stopped, is kept as one that was cut ("length"). Token ids and log-probabilities
-    stay null: servers do not agree on whether the end token is among them. Whether a seed is honoured is the server's
-    affair. Each request switches off the top-k, penalties and greedy decoding that servers add on their own, in the
-    words of vLLM, SGLang and llama.cpp or in those of `transformers serve`, whichever the server accepts.
+    prompt at once; a server that gives or allows fewer choices than asked for is asked again. A response that the
+    server cut is kept as one that was cut ("length"), also where it has no text yet or a filter stopped it. Token ids
+    and log-probabilities stay null: servers do not agree on whether the end token is among them. Whether a seed is
+    honoured is the server's affair. Each request switches off the top-k, penalties and greedy decoding that servers add
+    on their own, in the words of vLLM, SGLang and llama.cpp or in those of `transformers serve`, whichever the server
+    accepts.
 
     Args:
         endpoint: The server; its address ends before `/completions`, usually in `/v1`.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
+from infalign.rollouts.identity import UnknownStateError, digest_of, innermost, name_of
 from infalign.rollouts.key import model_fingerprint, model_name
 from infalign.rollouts.outside import in_short
 from infalign.rollouts.threads import each_in_threads, in_a_thread
@@ -93,23 +94,19 @@ class FunctionReward(RewardSource):
 
     Args:
         function: The function, or `"module:function"`.
-        key: Names the source; by default the function's name and a hash of its source code, so that a function that
-            was changed scores anew. What the function calls or has captured is not part of the hash.
+        key: Names the source; by default the function's name and a hash of its code and state (`identity.py`), so that
+            a function that was changed, or made with other arguments, scores anew.
 
     Raises:
-        InputError: There is no such module or function.
+        InputError: There is no such module or function, or it has a state that has no form that is the same in every
+            process, and no key is given.
     """
 
     def __init__(self, function: str | Callable[..., Any], *, key: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        name = f"{getattr(self._function, '__module__', '?')}:{getattr(self._function, '__qualname__', 'function')}"
-        if isinstance(function, str):
-            name = function
-        try:
-            digest = hashlib.sha256(inspect.getsource(self._function).encode()).hexdigest()[:12]
-        except (OSError, TypeError):
-            digest = ""
-        self.key = key or (f"{name}@{digest}" if digest else name)
+        name = function if isinstance(function, str) else name_of(self._function)
+        digest = _function_digest(function, self._function, key)
+        self.key = key or f"{name}@{digest}"
         self._name = name if key is None else key
         self.description = {"kind": "function", "function": name, "source": digest}
         try:
@@ -183,6 +180,32 @@ class FunctionReward(RewardSource):
         except SystemExit as error:
             raise RewardError("it ended the program", where=str(self), hint="Raise an error instead") from error
         return _wait_for(result) if inspect.isawaitable(result) else result
+
+
+_digest_of_name: dict[str, tuple[Callable[..., Any], str]] = {}
+
+
+def _function_digest(named: str | Callable[..., Any], function: Callable[..., Any], key: str | None) -> str:
+    """What tells a function from others of its name; with a key of its own, that of its source alone."""
+    if key is not None:
+        try:
+            return hashlib.sha256(inspect.getsource(innermost(function)).encode()).hexdigest()[:12]
+        except (OSError, TypeError):
+            return ""
+    # One that is named was just imported: what its calls change later, such as a cache, is not what it is.
+    if isinstance(named, str) and named in _digest_of_name and _digest_of_name[named][0] is function:
+        return _digest_of_name[named][1]
+    try:
+        digest = digest_of(function)[:12]
+    except UnknownStateError as error:
+        raise InputError(
+            f"it cannot be told from others like it, since part of its state has no lasting form ({error})",
+            where=f"reward function {name_of(function) if callable(named) else named}",
+            hint="Give key=…, a name to change with what it scores; in a recipe, name a plain function that calls it",
+        ) from error
+    if isinstance(named, str):
+        _digest_of_name[named] = function, digest
+    return digest
 
 
 def check_scores(
