@@ -15,6 +15,7 @@ from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
 from infalign.recipe.baselines import baseline_name
+from infalign.rollouts.http import Endpoint
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.score import column_names
 from infalign.rollouts.tokens import excerpt, require_chat_template
@@ -238,10 +239,19 @@ def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
     Raises:
         InputError: If it cannot.
     """
+    _check_keys(recipe)
     for number, reward in enumerate(recipe.reward):
         _check_one_reward(reward, prompts, "reward" if len(recipe.reward) == 1 else f"reward.{number}")
     for gold in recipe.evaluation.gold:
         _check_one_reward(gold, prompts, f"evaluation.gold {gold.label}")
+
+
+def _check_keys(recipe: Recipe) -> None:
+    """Make sure that the keys of the servers that the recipe names are there and can be sent."""
+    served = [*recipe.reward, *recipe.evaluation.gold, recipe.rollouts.endpoint]
+    for one in served:
+        if one is not None and one.url is not None:
+            Endpoint(one.url, api_key_variable=one.api_key_variable).key()
 
 
 def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -> None:
