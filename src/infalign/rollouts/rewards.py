@@ -177,9 +177,9 @@ class FunctionReward(RewardSource):
     ) -> Any:
         try:
             result = self._function(prompts=list(prompts), completions=list(completions), **columns)
+            return _wait_for(result) if inspect.isawaitable(result) else result
         except SystemExit as error:
             raise RewardError("it ended the program", where=str(self), hint="Raise an error instead") from error
-        return _wait_for(result) if inspect.isawaitable(result) else result
 
 
 _digest_of_name: dict[str, tuple[Callable[..., Any], str]] = {}
