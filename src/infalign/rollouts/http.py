@@ -27,6 +27,7 @@ _WRONG_REQUEST = frozenset({400, 422})
 _ABOUT_THE_KEY = frozenset({401, 403, 407})
 _LONGEST_WAIT = 60.0
 _LARGEST = 64 << 20
+_key_variables: set[str] = set()
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LIKE_A_KEY = re.compile(r"(?:sk|pk|hf|gsk|xai|ghp|gho|glpat|nvapi|AKIA|AIza|eyJ)[-_]?[A-Za-z0-9_]{12,}")
 
@@ -84,8 +85,10 @@ class Endpoint:
     def __post_init__(self) -> None:
         check_address(self.url)
         check_variable(self.api_key_variable)
-        if self.api_key_variable is not None and os.environ.get(self.api_key_variable):
-            self.key()
+        if self.api_key_variable is not None:
+            _key_variables.add(self.api_key_variable)
+            if os.environ.get(self.api_key_variable):
+                self.key()
 
     def key(self) -> str | None:
         """The key, from the environment; None without a variable.
@@ -106,9 +109,8 @@ class Endpoint:
         return key
 
     def secrets(self) -> list[str]:
-        """What is cut out of all that the server says."""
-        key = os.environ.get(self.api_key_variable or "")
-        return [key] if key else []
+        """What is cut out of all that the server says: the keys of all servers that this process has asked."""
+        return [key for name in sorted(_key_variables) if (key := os.environ.get(name))]
 
     def post(self, path: str, content: Mapping[str, Any], *, largest: int = _LARGEST) -> Any:
         """Post JSON and return the JSON that comes back, trying again while that can help.
