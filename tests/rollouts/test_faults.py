@@ -27,6 +27,7 @@ from infalign.rollouts.outside import outside_text
 from infalign.rollouts.rewards import FunctionReward, HTTPReward
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.threads import in_threads, time_limit
+from infalign.testbed.toy import random_llama
 from tests.rollouts.faulty_server import (
     PATIENCE,
     FaultyServer,
@@ -447,6 +448,39 @@ def test_ctrl_c_while_a_server_does_not_answer(tmp_path, plan, prompts):
     assert process.returncode == 130
     assert "Stopped; the same command goes on from here." in told
     assert "Traceback" not in told
+
+
+def test_ctrl_c_with_a_model_in_memory_while_the_reward_server_is_silent(tmp_path):
+    """Taking down torch and its like takes seconds, which nobody waits for."""
+    random_llama(tmp_path / "policy", spread=1.0, max_length=96, seed=4)
+    with FaultyServer(silent) as server:
+        arguments = (
+            "decode",
+            "--model",
+            "policy",
+            "p",
+            "--procedure",
+            "best-of-2",
+            "--max-new-tokens",
+            "4",
+        )
+        process = started(tmp_path, *arguments, "--reward", server.url)
+        try:
+            end = time.monotonic() + 100
+            while not server.requests:
+                assert time.monotonic() < end
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.02)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+            took = time.monotonic() - began
+        finally:
+            process.kill()
+        told = process.stdout.read()
+        process.stdout.close()
+    assert (process.returncode, took < 2.0) == (130, True)
+    assert "Stopped." in told
 
 
 # --- where requests go ------------------------------------------------------------------------------------------------

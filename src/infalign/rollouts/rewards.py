@@ -23,7 +23,7 @@ from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
 from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.identity import UnknownStateError, digest_of, innermost, name_of
-from infalign.rollouts.key import model_fingerprint, model_name
+from infalign.rollouts.key import model_fingerprint, model_name, tokenizer_files_fingerprint
 from infalign.rollouts.outside import in_short
 from infalign.rollouts.threads import each_in_threads, in_a_thread
 from infalign.rollouts.tokens import require_chat_template
@@ -379,6 +379,7 @@ class SequenceClassificationReward(RewardSource):
         self.description = {
             "kind": "sequence-classification",
             "model": fingerprint,
+            "tokenizer": tokenizer_files_fingerprint(model),
             "max_length": max_length,
             "append_end_token": append_end_token,
         }
