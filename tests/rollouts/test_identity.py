@@ -282,6 +282,21 @@ def test_a_state_without_a_lasting_form_needs_a_key(make, place):
     assert FunctionReward(function, key="judge-v1").key == "judge-v1"
 
 
+def filled(prompts, completions):
+    SEEN.append(len(SEEN))
+    return [float(len(SEEN)) for _ in completions]
+
+
+SEEN: list[int] = []
+
+
+def test_what_calls_fill_is_no_state():
+    before = key(filled)
+    FunctionReward(filled).score(["p"], ["c"])
+    assert SEEN
+    assert key(filled) == before
+
+
 def test_locks_are_no_state_and_circles_end():
     class Locked:
         def __init__(self, sign):
@@ -307,14 +322,19 @@ SIGN = {sign}
 WORDS = {{"good": {word}}}
 PATTERN = re.compile("{pattern}")
 SEEN, CACHE, COUNT = [], {{}}, 0
+LIMITS, THRESHOLD = {{"longest": int(os.environ.get("LONGEST", 1))}}, float(os.environ.get("THRESHOLD", 1))
 TAGS = frozenset(["red", "green", "blue", "white"])
 
 
 class Judge:
     def __init__(self, sign, tags):
-        self.sign, self.tags = sign, tags
+        self.sign, self.tags, self.calls = sign, tags, 0
+
+    def score(self, prompts, completions):
+        return self(prompts, completions)
 
     def __call__(self, prompts, completions):
+        self.calls += 1
         return [self.sign * helper(text) for text in completions]
 
 
@@ -357,6 +377,10 @@ def by_judge(prompts, completions):
     return JUDGE(prompts, completions)
 
 
+def by_environment(prompts, completions):
+    return [LIMITS["longest"] + THRESHOLD for _ in completions]
+
+
 def by_imported(prompts, completions):
     return [imported(text) for text in completions]
 
@@ -383,7 +407,7 @@ small = lambda prompts, completions: [0.0 for _ in completions]
 method = Judge({sign}, {{"x": {{"p", "q", "r"}}}}).__call__
 """
 DEFINED = re.findall(r"^def (\w+)\(prompts|^(\w+) = (?:functools|lambda|Judge)", MODULE, re.MULTILINE)
-NAMES = [one or other for one, other in DEFINED]
+NAMES = ["JUDGE.score", *(one or other for one, other in DEFINED)]
 FIRST = {"sign": 1, "word": 2, "pattern": "a", "helped": "len(text)"}
 
 
@@ -400,7 +424,7 @@ import sys
 from infalign.rollouts.rewards import FunctionReward
 for name in sys.argv[1:]:
     before = FunctionReward(f"project_rewards:{name}")
-    if name in ("counted", "by_judge", "by_cached"):
+    if name in ("counted", "by_judge", "by_cached", "JUDGE", "JUDGE.score"):
         before.score(["p"], ["c"])
     assert FunctionReward(f"project_rewards:{name}").key == before.key
     print(name, before.key)
@@ -415,21 +439,29 @@ def keys_elsewhere(folder, hash_seed):
     return dict(line.split() for line in out.splitlines())
 
 
-def test_the_same_in_every_process_and_wherever_it_lies(tmp_path):
+def test_the_same_in_every_process_and_wherever_it_lies(tmp_path, monkeypatch):
     first = keys_elsewhere(write(tmp_path / "one"), 1)
     assert set(first) == set(NAMES)
-    assert len(NAMES) == 15
+    assert len(NAMES) == 17
     assert keys_elsewhere(write(tmp_path / "two"), 2) == first
     assert len(set(first.values())) == len(NAMES)
+    for name in ("LONGEST", "THRESHOLD"):
+        monkeypatch.setenv(name, "2")
+        other = keys_elsewhere(tmp_path / "two", 2)
+        assert {one for one in NAMES if other[one] != first[one]} == {"by_environment"}
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
     ("change", "others"),
     [
-        ({"sign": -1}, {"by_constant", "by_judge", "JUDGE", "method"}),
+        ({"sign": -1}, {"by_constant", "by_judge", "JUDGE", "JUDGE.score", "method"}),
         ({"word": 3}, {"by_table"}),
         ({"pattern": "b"}, {"by_pattern"}),
-        ({"helped": "-len(text)"}, {"by_helper", "by_judge", "JUDGE", "method", "by_imported", "by_module"}),
+        (
+            {"helped": "-len(text)"},
+            {"by_helper", "by_judge", "JUDGE", "JUDGE.score", "method", "by_imported", "by_module"},
+        ),
     ],
     ids=["constant", "table", "pattern", "helper"],
 )

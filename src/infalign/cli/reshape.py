@@ -63,4 +63,10 @@ def reshape_command(
         split=split,
         out=out,
     )
-    print_result(reshape_run(run, wanted, ConsoleReporter(quiet=False)), json_)
+    reporter = ConsoleReporter(quiet=False)
+    try:
+        result = reshape_run(run, wanted, reporter)
+    except KeyboardInterrupt:
+        reporter.say("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    print_result(result, json_)

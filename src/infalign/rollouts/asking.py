@@ -9,7 +9,7 @@ from typing import Any
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.http import EndpointError, RequestRefusedError
+from infalign.rollouts.http import EndpointError, RequestRefusedError, known_keys
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.outside import in_short
 from infalign.rollouts.plain_sampling import PlainSampling
@@ -115,7 +115,7 @@ def _ask(
     answer = server.post_choices(path, content, n, largest_each=_BYTES_PER_TOKEN * (key.max_new_tokens + 64))
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list):
-        said = in_short(answer, server.endpoint.secrets())
+        said = in_short(answer, known_keys())
         raise EndpointError("the answer has no choices", where=server.endpoint.url, said=said)
     usage = answer.get("usage")
     num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -136,7 +136,7 @@ def _read_choice(choice: Any, server: PlainSampling) -> tuple[str, str]:
         return EndpointError(
             f"no finished choice: one {what}",
             where=server.endpoint.url,
-            said=in_short(value, server.endpoint.secrets()),
+            said=in_short(value, known_keys()),
         )
 
     if not isinstance(choice, dict):

@@ -108,10 +108,6 @@ class Endpoint:
                              where=self.url, hint="Set it again, to the key alone")  # fmt: skip
         return key
 
-    def secrets(self) -> list[str]:
-        """What is cut out of all that the server says: the keys of all servers that this process has asked."""
-        return [key for name in sorted(_key_variables) if (key := os.environ.get(name))]
-
     def post(self, path: str, content: Mapping[str, Any], *, largest: int = _LARGEST) -> Any:
         """Post JSON and return the JSON that comes back, trying again while that can help.
 
@@ -190,7 +186,12 @@ class Endpoint:
         return "" if answer.status in _ABOUT_THE_KEY else self._cut(answer.body)
 
     def _cut(self, text: str | bytes) -> str:
-        return outside_text(text, self.secrets())
+        return outside_text(text, known_keys())
+
+
+def known_keys() -> list[str]:
+    """The keys of all servers that this process has been told of: what is cut out of all that servers say."""
+    return [key for name in sorted(_key_variables) if (key := os.environ.get(name))]
 
 
 def check_address(url: str) -> None:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _CACHED = type(functools.lru_cache(lambda: None))
 # What lets threads wait for each other decides nothing.
@@ -203,7 +205,7 @@ class _Reader:
         """Anything else as pickle would take it apart."""
         try:
             reduce = copyreg.dispatch_table.get(type(value))
-            parts = value.__reduce_ex__(4) if reduce is None else reduce(value)
+            parts: Any = value.__reduce_ex__(4) if reduce is None else reduce(value)
         except Exception as error:
             raise UnknownStateError(place, value) from error
         if isinstance(parts, str):
@@ -292,10 +294,19 @@ class _Reader:
             )
         if _is_constant(value):
             return "" if name in self._assigned_later(where) else self.text(value, name)
-        # Its content may change from one call to the next; what it was made as does not.
+        # What it was made as; and what is in it, unless it was made empty, for calls to fill (a cache, a counter).
         made = _definitions(where).get(name)
-        of = "" if self._is_library(type(value).__module__) else self.lenient(type(value))
-        return _joined(made, of) if made else self.lenient(value)
+        if made is None:
+            return self.lenient(value)
+        parts = [text for text, _ in made]
+        is_object = not self._is_library(type(value).__module__)
+        if is_object:
+            parts.append(self.lenient(type(value)))
+        if (is_object or isinstance(value, list | dict | set | tuple | frozenset | np.ndarray)) and not all(
+            is_empty for _, is_empty in made
+        ):
+            parts.append(self.lenient(value))
+        return _joined(*parts)
 
     def _assigned_later(self, where: dict[str, Any]) -> set[str]:
         """Names of a module that its own functions assign, such as counters."""
@@ -357,8 +368,8 @@ def _is_constant(value: Any) -> bool:
     return type(value) in _PLAIN or isinstance(value, enum.Enum)
 
 
-def _definitions(where: dict[str, Any]) -> dict[str, str]:
-    """For each name that a module assigns at its top, the source of those statements."""
+def _definitions(where: dict[str, Any]) -> dict[str, list[tuple[str, bool]]]:
+    """For each name that a module assigns at its top: the source of each statement, and whether it makes it empty."""
     module = sys.modules.get(str(where.get("__name__")))
     if module is None or vars(module) is not where:
         return {}
@@ -368,7 +379,7 @@ def _definitions(where: dict[str, Any]) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError, ValueError):
         return {}
     lines = source.splitlines()
-    found: dict[str, str] = {}
+    found: dict[str, list[tuple[str, bool]]] = {}
     todo: list[ast.stmt] = list(tree.body)
     while todo:
         statement = todo.pop(0)
@@ -377,10 +388,34 @@ def _definitions(where: dict[str, Any]) -> dict[str, str]:
         inner = [one for one in ast.iter_child_nodes(statement) if isinstance(one, ast.stmt)]
         todo += inner
         if not inner:
-            stored = {
-                one.id for one in ast.walk(statement) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
-            }
             text = "\n".join(lines[statement.lineno - 1 : statement.end_lineno])
-            for name in stored:
-                found[name] = found.get(name, "") + text + "\n"
+            for one in ast.walk(statement):
+                if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store):
+                    found.setdefault(one.id, []).append((text, _is_empty(_assigned(statement, one.id))))
     return found
+
+
+def _assigned(statement: ast.stmt, name: str) -> ast.expr | None:
+    """What a plain assignment gives to a name; None of any other statement."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    value = getattr(statement, "value", None) if isinstance(statement, ast.Assign | ast.AnnAssign) else None
+    for target in targets:
+        if isinstance(target, ast.Name) and target.id == name:
+            return value
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, given in zip(target.elts, value.elts, strict=True):
+                if isinstance(one, ast.Name) and one.id == name:
+                    return given
+    return None
+
+
+def _is_empty(value: ast.expr | None) -> bool:
+    """Whether an expression makes something empty: `[]`, `{}`, `Counter()`, `defaultdict(list)`."""
+    if isinstance(value, ast.List | ast.Tuple | ast.Set):
+        return not value.elts
+    if isinstance(value, ast.Dict):
+        return not value.keys
+    if isinstance(value, ast.Call):
+        name = ast.unparse(value.func).rpartition(".")[2]
+        return not value.keywords and (not value.args or name == "defaultdict")
+    return False

@@ -61,7 +61,10 @@ def post(address: str, headers: Mapping[str, str], body: bytes, *, seconds: floa
         HTTPException: What came is not HTTP, or was cut off.
     """
     exchange = _Exchange(urllib.request.Request(address, body, dict(headers), method="POST"), seconds, largest)
-    threading.Thread(target=exchange.run, daemon=True).start()
+    try:
+        threading.Thread(target=exchange.run, daemon=True).start()
+    except RuntimeError as error:  # as many threads as the machine allows
+        raise OSError(str(error)) from error
     try:
         found = exchange.outcome.get(timeout=seconds)
     except Empty:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
-from infalign.rollouts.http import Endpoint, EndpointError
-from infalign.rollouts.identity import UnknownStateError, digest_of, innermost, name_of
+from infalign.rollouts.function_key import function_digest, name_of, told
+from infalign.rollouts.http import Endpoint, EndpointError, known_keys
 from infalign.rollouts.key import model_fingerprint, model_name, tokenizer_files_fingerprint
 from infalign.rollouts.outside import in_short
 from infalign.rollouts.threads import each_in_threads, in_a_thread
@@ -105,7 +105,7 @@ class FunctionReward(RewardSource):
     def __init__(self, function: str | Callable[..., Any], *, key: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
         name = function if isinstance(function, str) else name_of(self._function)
-        digest = _function_digest(function, self._function, key)
+        digest = function_digest(function, self._function, key)
         self.key = key or f"{name}@{digest}"
         self._name = name if key is None else key
         self.description = {"kind": "function", "function": name, "source": digest}
@@ -152,7 +152,7 @@ class FunctionReward(RewardSource):
             raise
         except Exception as error:
             if len(completions) == 1:
-                return Scores(np.array([np.nan]), [f"{type(error).__name__}: {error}"])
+                return Scores(np.array([np.nan]), [told(error)])
         rewards = np.empty(len(completions))
         errors: list[str | None] = []
         for row in range(len(completions)):
@@ -169,7 +169,7 @@ class FunctionReward(RewardSource):
                 raise
             except Exception as error:
                 rewards[row] = np.nan
-                errors.append(f"{type(error).__name__}: {error}")
+                errors.append(told(error))
         return Scores(rewards, errors)
 
     def _call(
@@ -180,32 +180,6 @@ class FunctionReward(RewardSource):
             return _wait_for(result) if inspect.isawaitable(result) else result
         except SystemExit as error:
             raise RewardError("it ended the program", where=str(self), hint="Raise an error instead") from error
-
-
-_digest_of_name: dict[str, tuple[Callable[..., Any], str]] = {}
-
-
-def _function_digest(named: str | Callable[..., Any], function: Callable[..., Any], key: str | None) -> str:
-    """What tells a function from others of its name; with a key of its own, that of its source alone."""
-    if key is not None:
-        try:
-            return hashlib.sha256(inspect.getsource(innermost(function)).encode()).hexdigest()[:12]
-        except (OSError, TypeError):
-            return ""
-    # One that is named was just imported: what its calls change later, such as a cache, is not what it is.
-    if isinstance(named, str) and named in _digest_of_name and _digest_of_name[named][0] is function:
-        return _digest_of_name[named][1]
-    try:
-        digest = digest_of(function)[:12]
-    except UnknownStateError as error:
-        raise InputError(
-            f"it cannot be told from others like it, since part of its state has no lasting form ({error})",
-            where=f"reward function {name_of(function) if callable(named) else named}",
-            hint="Give key=…, a name to change with what it scores; in a recipe, name a plain function that calls it",
-        ) from error
-    if isinstance(named, str):
-        _digest_of_name[named] = function, digest
-    return digest
 
 
 def check_scores(
@@ -283,7 +257,7 @@ class HTTPReward(RewardSource):
                 return Scores(np.full(count, np.nan), [error.what + said] * count)
             values = answer.get("rewards") if isinstance(answer, dict) else answer
             if isinstance(values, list):
-                known = self._endpoint.secrets()
+                known = known_keys()
                 values = [
                     one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values
                 ]
