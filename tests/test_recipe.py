@@ -174,3 +174,33 @@ def test_gold_rewards_have_names(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             parse(MINIMAL, f"evaluation.gold={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward={url: 'http://host/score?api_key=s3cr3t', name: judge}", "holds a query"),
+        ("reward={url: 'http://me:s3cr3t@host/score', name: judge}", "holds a user name or password"),
+        ("reward={url: 'http://host', name: judge, api_key_variable: sk-s3cr3t-0123456789}", "perhaps a key"),
+        ("reward={function: 'rewards:score', api_token: s3cr3t}", "unknown key reward.api_token"),
+        ("evaluation.gold=[{url: 'http://host/#s3cr3t', name: judge}]", "holds a query"),
+        ("rollouts.endpoint={url: 'https://s3cr3t@host/v1', model: m}", "holds a user name or password"),
+        ("rollouts.endpoint={url: 'http://host/v1', model: m, api_key_variable: hf_s3cr3t0123456789}", "perhaps a key"),
+        ("policy.hf_token=s3cr3t", "unknown key policy.hf_token"),
+        ("training.rloo={hub_token: s3cr3t}", "hub_token is a secret"),
+        ("training.offline={push_to_hub_token: s3cr3t}", "push_to_hub_token is a secret"),
+        ("training.rloo={model_init_kwargs: {token: s3cr3t}}", "token is a secret"),
+        ("training.rloo={callbacks: [{api_key: s3cr3t}]}", "api_key is a secret"),
+        ("training.lora={password: s3cr3t}", "password is a secret"),
+    ],
+)
+def test_a_recipe_holds_no_keys(override, message):
+    """It is stored with its run, and passed on."""
+    with pytest.raises(InputError, match=message) as caught:
+        parse(MINIMAL, override)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_tokens_of_a_tokenizer_are_no_keys():
+    settings = {"eos_token": "</s>", "pad_token": "<pad>", "hub_token": None, "max_new_tokens": 4}
+    assert parse(MINIMAL, f"training.rloo={settings}".replace("None", "null")).training.rloo == settings

@@ -17,6 +17,7 @@ from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform
 from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.adapters import is_adapter, num_outputs
 from infalign.rollouts.embeddings import require_embeddings
+from infalign.rollouts.http import Endpoint
 from infalign.rollouts.models import adapter_base
 from infalign.rollouts.rehearsal import rehearse
 from infalign.rollouts.rendering import reads_the_clock, require_chat_template
@@ -262,10 +263,19 @@ def check_reward(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
     Raises:
         InputError: If it cannot.
     """
+    _check_keys(recipe)
     for number, reward in enumerate(recipe.reward):
         _check_one_reward(reward, prompts, "reward" if len(recipe.reward) == 1 else f"reward.{number}")
     for gold in recipe.evaluation.gold:
         _check_one_reward(gold, prompts, f"evaluation.gold {gold.label}")
+
+
+def _check_keys(recipe: Recipe) -> None:
+    """Make sure that the keys of the servers that the recipe names are there and can be sent."""
+    served = [*recipe.reward, *recipe.evaluation.gold, recipe.rollouts.endpoint]
+    for one in served:
+        if one is not None and one.url is not None:
+            Endpoint(one.url, api_key_variable=one.api_key_variable).key()
 
 
 def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -> None:

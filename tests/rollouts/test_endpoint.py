@@ -204,7 +204,7 @@ def test_a_server_that_dies_keeps_what_was_drawn_and_can_come_back(tmp_path):
     [
         (b'{"error": "x"}', "the answer has no choices"),
         (b'{"choices": []}', "no finished choice"),
-        (b'{"choices": [{"text": "a", "finish_reason": "content_filter"}]}', "no finished choice"),
+        (b'{"choices": [{"text": "a", "finish_reason": "abort"}]}', "no finished choice"),
         (b'{"choices": [{"text": null, "finish_reason": "stop"}, 3]}', "no finished choice"),
     ],
 )

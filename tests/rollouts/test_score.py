@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,19 @@ def test_a_reward_model_scores_text_in_one_piece(reward_model):
     assert ended.score(["p"], ["x"])[0] == pytest.approx(source.score(["p"], ["x" + tokenizer.eos_token])[0], abs=1e-6)
     assert len({source.key, ended.key, SequenceClassificationReward(reward_model, max_length=9).key}) == 3
     assert SequenceClassificationReward(reward_model, batch_size=1).key == source.key
+
+
+def test_a_reward_model_with_another_tokenizer_or_template_is_another_source(tmp_path):
+    first, other = (Path(random_llama(tmp_path / name, reward_model=True, max_length=64)) for name in ("one", "two"))
+    key = SequenceClassificationReward(first).key
+    assert SequenceClassificationReward(other).key == key, "wherever it lies"
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    templated = SequenceClassificationReward(other).key
+    (other / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    assert len({key, templated, SequenceClassificationReward(other).key}) == 3
 
 
 def test_a_reward_model_scores_messages_through_its_template(tmp_path, reward_model):

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a fault of this library, 2 something the user can fix, 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -32,6 +33,8 @@ from infalign.cli.serve_reward import serve_reward_command
 from infalign.errors import InfalignError, StorageError
 from infalign.files import HINT, disk_failure
 from infalign.wording import visible
+
+STOPPED = 130
 
 app = typer.Typer(
     name="infalign",
@@ -67,6 +70,13 @@ def main() -> None:
     """Entry point of the `infalign` command."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == STOPPED:
+            # All is written, and nobody waits while the libraries are taken down, which takes seconds.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STOPPED)
+        raise
     except InfalignError as error:
         if not processes.first_to_fail():
             sys.exit(2)

@@ -79,4 +79,10 @@ def reshape_command(
         distil=Distillation(num_samples=distil_samples or 64) if distil else None,
         trust=Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run),
     )
-    print_result(reshape_run(run, wanted, ConsoleReporter(quiet=False)), json_)
+    reporter = ConsoleReporter(quiet=False)
+    try:
+        result = reshape_run(run, wanted, reporter)
+    except KeyboardInterrupt:
+        reporter.say("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    print_result(result, json_)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from infalign.decode.candidates import CandidateSampler, Draw, Drawn, Request
@@ -12,6 +11,7 @@ from infalign.rollouts.asking import SAMPLER, finish_prompt
 from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.plain_sampling import PlainSampling
+from infalign.rollouts.threads import each_in_threads
 
 
 class EndpointSampler(CandidateSampler):
@@ -60,8 +60,7 @@ class EndpointSampler(CandidateSampler):
         key = self._key(seed)
         if len(requests) <= 1:
             return [self._one(request, key) for request in requests]
-        with ThreadPoolExecutor(min(self._concurrency, len(requests))) as pool:
-            return list(pool.map(lambda request: self._one(request, key), requests))
+        return each_in_threads(lambda request: self._one(request, key), requests, min(self._concurrency, len(requests)))
 
     def _one(self, request: Request, key: RolloutKey) -> Drawn | InfalignError:
         answer = finish_prompt(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from infalign.recipe.values import NAME, Count, Positive, Procedure, Share
+from infalign.recipe.values import NAME, Address, Count, Positive, Procedure, Settings, Share, Variable
 
 
 class Section(BaseModel):
@@ -85,9 +85,9 @@ class Reward(Section):
 
     model: str | None = None
     function: str | None = None
-    url: str | None = None
+    url: Address | None = None
     name: str | None = None
-    api_key_variable: str | None = None  # the environment variable that holds the server's key
+    api_key_variable: Variable | None = None  # the environment variable that holds the server's key
     weight: Positive = 1.0  # among several rewards, each on its own quantile scale
     batch_size: Count = 64
     max_length: Count | None = None
@@ -159,9 +159,9 @@ class Prompts(Section):
 class RolloutEndpoint(Section):
     """An OpenAI-compatible server of the reference policy (vLLM, SGLang …) that draws its rollouts."""
 
-    url: str  # ends before /completions, usually in /v1
+    url: Address  # ends before /completions, usually in /v1
     model: str  # its name there; give another when the server serves other weights
-    api_key_variable: str | None = None  # the environment variable that holds the key
+    api_key_variable: Variable | None = None  # the environment variable that holds the key
     concurrency: Count = 16
 
 
@@ -226,12 +226,12 @@ class Training(Section):
     # The recipe's own transform is trained inside a mixture with the reference; auto: where theory has a use for one.
     mixture: Annotated[InMixture | Literal["none"], BeforeValidator(_mixture_value)] = "none"
     tilt_cap: Positive | None = None  # nats above log Z that a tilt may have; spreads a sharp one over more rollouts
-    lora: dict[str, Any] | None = None
+    lora: Settings | None = None
     save_steps: Count = 25
     keep_checkpoints: bool = False  # for `infalign evaluate --run RUN --checkpoints`
     refresh_every: Annotated[int, Field(ge=2)] = 10  # steps between fresh rollouts; for solver: mixed
-    rloo: dict[str, Any] = {}
-    offline: dict[str, Any] = {}
+    rloo: Settings = {}
+    offline: Settings = {}
 
     @property
     def online(self) -> dict[str, Any]:

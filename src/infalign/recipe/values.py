@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from infalign.errors import InputError
 from infalign.procedures import procedure_from_dict, procedure_from_name
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe.baselines import SETTINGS, baseline_value
+from infalign.rollouts.http import check_address, check_variable
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
+_SECRET = re.compile(r"(?i)(?:^|_)(?:token|key|secret|password|passwd|credentials?)$")
+_SPECIAL_TOKENS = frozenset(f"{name}_token" for name in ("eos", "bos", "pad", "unk", "cls", "sep", "mask", "image"))
 
 
 def _procedure_dict(value: Any) -> Any:
@@ -65,6 +69,37 @@ def _exponent(value: float | str) -> float:
         raise ValueError(f"t = {value!r} is not a number") from error
 
 
+def _without_secrets(value: Any) -> Any:
+    """Settings of a library as they are, unless one of them is a key: a recipe is stored and passed on."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            if isinstance(one, str) and one and _SECRET.search(str(name)) and name not in _SPECIAL_TOKENS:
+                raise ValueError(
+                    f"{name} is a secret, and a recipe is stored with its run; leave it out and log in with "
+                    "`hf auth login`, or put it into the environment variable that its library reads, such as HF_TOKEN"
+                )
+            _without_secrets(one)
+    elif isinstance(value, list):
+        for one in value:
+            _without_secrets(one)
+    return value
+
+
+def _address(value: str) -> str:
+    """An http address that holds no key."""
+    check_address(value)
+    return value
+
+
+def _variable(value: str) -> str:
+    """The name of an environment variable, not its content."""
+    check_variable(value)
+    return value
+
+
+Settings = Annotated[dict[str, Any], BeforeValidator(_without_secrets)]
+Address = Annotated[str, AfterValidator(_address)]
+Variable = Annotated[str, AfterValidator(_variable)]
 Procedure = Annotated[dict[str, Any], BeforeValidator(_procedure_dict)]
 Transform = Annotated[str | dict[str, Any], BeforeValidator(_transform_value)]
 Compared = Annotated[str | dict[str, Any], BeforeValidator(_compared_value)]

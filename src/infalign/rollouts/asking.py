@@ -9,11 +9,15 @@ from typing import Any
 
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.http import EndpointError, RequestRefusedError
+from infalign.rollouts.http import EndpointError, RequestRefusedError, known_keys
 from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.outside import in_short
 from infalign.rollouts.plain_sampling import PlainSampling
+from infalign.wording import counted
 
 SAMPLER = "openai"
+_BYTES_PER_TOKEN = 256  # more than JSON needs for a token's text, and for what some servers say about it
+_BYTES_PER_LOGPROB = 4096
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,22 @@ def finish_prompt(
     rows: list[dict[str, Any]] = []
     told: list[int | None] = []
     failure = None
-    empty_answers = 0
-    while len(rows) < len(indices) and failure is None:
-        lacking = indices[len(rows) :]
+    asked, empty_answers = 0, 0  # of `indices`: those that have been answered, by text or by something odd
+    while asked < len(indices) and failure is None:
+        lacking = indices[asked:]
         try:
             choices, num_tokens = _ask(server, model, prompt, len(lacking), _seed(key.seed, stream, lacking[0]), key)
         except EndpointError as error:
             failure = error
             break
         told.append(num_tokens)
-        usable = [choice for choice in choices if choice is not None]
-        for index, (text, reason) in zip(lacking, usable, strict=False):
+        for index, choice in zip(lacking, choices, strict=False):
+            asked += 1
+            try:
+                text, reason = _read_choice(choice, server)
+            except EndpointError as error:  # no more is asked for: what is drawn until it fits would be biased
+                failure = failure or error
+                continue
             tokens = None if count_tokens is None else count_tokens(text) + (reason == "stop")
             rows.append(
                 {
@@ -79,10 +88,10 @@ def finish_prompt(
                     "finish_reason": reason,
                 }
             )
-        empty_answers = 0 if usable else empty_answers + 1
+        empty_answers = 0 if choices else empty_answers + 1
         if empty_answers > server.endpoint.retries:
             failure = EndpointError(
-                f"the server gave no finished choice for prompt {prompt.id} in {empty_answers} answers",
+                f"the server gave no finished choice for prompt {prompt.id} in {counted(empty_answers, 'answer')}",
                 where=server.endpoint.url,
             )
     counts = [count for count in told if count is not None]
@@ -91,34 +100,62 @@ def finish_prompt(
 
 def _ask(
     server: PlainSampling, model: str, prompt: Prompt, n: int, seed: int, key: RolloutKey
-) -> tuple[list[tuple[str, str] | None], int | None]:
-    """Text and finish reason of each choice, None for one that ended otherwise; and the tokens of all, if told."""
-    settings = {
+) -> tuple[list[Any], int | None]:
+    """The choices as they came, `n` at most; and the tokens of all, if told."""
+    content: dict[str, Any] = {
         "model": model,
-        "n": n,
         "max_tokens": key.max_new_tokens,
         "temperature": key.temperature,
         "top_p": key.top_p,
         "seed": seed,
     }
-    if isinstance(prompt.prompt, str):
-        answer = server.post("/completions", {**settings, "prompt": prompt.prompt})
-    else:
-        answer = server.post("/chat/completions", {**settings, "messages": prompt.prompt})
+    is_text = isinstance(prompt.prompt, str)
+    content["prompt" if is_text else "messages"] = prompt.prompt
+    path = "/completions" if is_text else "/chat/completions"
+    answer = server.post_choices(path, content, n, largest_each=_BYTES_PER_TOKEN * (key.max_new_tokens + 64))
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list):
-        raise EndpointError(f"the answer has no choices: {str(answer)[:200]}", where=server.endpoint.url)
+        said = in_short(answer, known_keys())
+        raise EndpointError("the answer has no choices", where=server.endpoint.url, said=said)
     usage = answer.get("usage")
     num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return [_read_choice(choice) for choice in choices], num_tokens if type(num_tokens) is int else None
+    return choices[:n], num_tokens if type(num_tokens) is int and 0 <= num_tokens < 2**53 else None
 
 
-def _read_choice(choice: Any) -> tuple[str, str] | None:
+def _read_choice(choice: Any, server: PlainSampling) -> tuple[str, str]:
+    """Text and finish reason of a choice.
+
+    One without text (cut inside its reasoning) is empty, and one that a filter cut is cut: both are what the policy
+    gives when it is used through this server. Drawing others in their place would favour short and harmless ones.
+
+    Raises:
+        EndpointError: It is neither text that ended nor text that was cut.
+    """
+
+    def odd(what: str, value: Any) -> EndpointError:
+        return EndpointError(
+            f"no finished choice: one {what}",
+            where=server.endpoint.url,
+            said=in_short(value, known_keys()),
+        )
+
     if not isinstance(choice, dict):
-        return None
-    text = choice.get("text") if "text" in choice else (choice.get("message") or {}).get("content")
-    reason = choice.get("finish_reason")
-    return (text, reason) if isinstance(text, str) and reason in ("stop", "length") else None
+        raise odd("is not an object", choice)
+    inner = choice if "text" in choice else choice.get("message")
+    if not isinstance(inner, dict):
+        raise odd("has neither text nor a message", choice)
+    text, reason = inner.get("text" if inner is choice else "content"), choice.get("finish_reason")
+    if inner.get("tool_calls") or inner.get("function_call"):
+        raise odd("is a tool call, not text; serve the model without a tool parser", reason)
+    if reason not in ("stop", "length", "content_filter"):
+        raise odd("did not end by itself and was not cut: its finish_reason is another", reason)
+    if text is not None and not isinstance(text, str):
+        raise odd("has a text that is none", text)
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise odd("has half of a surrogate pair in its text, which is no Unicode", text) from None
+    return text or "", "stop" if reason == "stop" else "length"
 
 
 def _seed(seed: int, stream: str, index: int) -> int:
@@ -146,7 +183,9 @@ def prompt_logprobs(
     refusals: list[str] = []
     for fields, read in (({"echo": True, "logprobs": 1}, _echoed), ({"prompt_logprobs": 0}, _told_of_prompt)):
         try:
-            answer = server.endpoint.post("/completions", {**settings, **fields})
+            answer = server.endpoint.post(
+                "/completions", {**settings, **fields}, largest=(1 << 20) + _BYTES_PER_LOGPROB * len(ids)
+            )
         except RequestRefusedError as error:
             refusals.append(error.what)
             continue
@@ -181,5 +220,7 @@ def _told_of_prompt(answer: Any, ids: Sequence[int]) -> list[float] | None:
 
 
 def _as_numbers(values: list[Any], ids: Sequence[int]) -> list[float] | None:
-    right = len(values) == len(ids) and all(isinstance(one, int | float) for one in values)
-    return [float(one) for one in values] if right else None
+    """Log-probabilities, which are at most 0 but for rounding; None where they are not."""
+    if len(values) != len(ids) or any(type(one) not in (int, float) for one in values):
+        return None
+    return [float(one) for one in values] if all(-1e9 < one < 0.01 for one in values) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from infalign.rollouts.plain_sampling import PlainSampling
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
 from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
+from infalign.rollouts.threads import each_in_threads, in_threads
 
 _ROWS_PER_SHARD = 512
 _SECONDS_PER_SHARD = 5.0
@@ -28,10 +28,12 @@ class ServedPolicy(Policy):
     """A model behind a server. Two of one server, a base and an adapter under two names, make a `MixturePolicy`.
 
     Text prompts go to `/completions`, messages to `/chat/completions`, each asking for all missing rollouts of one
-    prompt at once; a server that gives fewer choices than asked for is asked again. Token ids and log-probabilities
-    stay null: servers do not agree on whether the end token is among them. Whether a seed is honoured is the server's
-    affair. Each request switches off the top-k, penalties and greedy decoding that servers add on their own, in the
-    words of vLLM, SGLang and llama.cpp or in those of `transformers serve`, whichever the server accepts.
+    prompt at once; a server that gives or allows fewer choices than asked for is asked again. A response that the
+    server cut is kept as one that was cut ("length"), also where it has no text yet or a filter stopped it. Token ids
+    and log-probabilities stay null: servers do not agree on whether the end token is among them. Whether a seed is
+    honoured is the server's affair. Each request switches off the top-k, penalties and greedy decoding that servers add
+    on their own, in the words of vLLM, SGLang and llama.cpp or in those of `transformers serve`, whichever the server
+    accepts.
 
     Args:
         endpoint: The server; its address ends before `/completions`, usually in `/v1`.
@@ -93,35 +95,25 @@ class ServedPolicy(Policy):
         failures: dict[str, InfalignError] = {}
         rows: list[dict[str, Any]] = []
         written = time.monotonic()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = iter(missing)
-            running: dict[Future[Finished], Missing] = {}
-            try:
-                while True:
-                    while len(running) < 2 * self.concurrency and (one := next(waiting, None)) is not None:
-                        running[pool.submit(self.finish, one, key)] = one
-                    if not running:
-                        break
-                    finished, _ = wait(running, timeout=_SECONDS_PER_SHARD, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        one, found = running.pop(future), future.result()
-                        rows.extend({**row, "prompt_id": one.prompt_id} for row in found.rows)
-                        if found.failure is not None:
-                            failures[one.prompt_id] = found.failure
-                    late = time.monotonic() - written > _SECONDS_PER_SHARD
-                    if rows and (len(rows) >= _ROWS_PER_SHARD or late):
-                        taken, rows = rows, []
-                        yield _as_columns(taken)
-                        written = time.monotonic()
-            except GeneratorExit:
-                raise
-            except BaseException:  # what has come is not lost, whatever stops this
-                pool.shutdown(wait=False, cancel_futures=True)
-                if rows:
-                    yield _as_columns(rows)
-                raise
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        finished = in_threads(lambda one: self.finish(one, key), missing, self.concurrency, tick=_SECONDS_PER_SHARD)
+        try:
+            for done in finished:
+                if done is not None:
+                    one, found = missing[done[0]], done[1]
+                    rows.extend({**row, "prompt_id": one.prompt_id} for row in found.rows)
+                    if found.failure is not None:
+                        failures[one.prompt_id] = found.failure
+                late = time.monotonic() - written > _SECONDS_PER_SHARD
+                if rows and (len(rows) >= _ROWS_PER_SHARD or late):
+                    taken, rows = rows, []
+                    yield _as_columns(taken)
+                    written = time.monotonic()
+        except GeneratorExit:
+            raise
+        except BaseException:  # what has come is not lost, whatever stops this
+            if rows:
+                yield _as_columns(rows)
+            raise
         if rows:
             yield _as_columns(rows)
         if failures:
@@ -145,8 +137,9 @@ class ServedPolicy(Policy):
             EndpointError: It cannot be reached.
         """
         pairs = list(zip(prompt_ids_list, completion_ids_list, strict=True))
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return np.array(list(pool.map(lambda pair: prompt_logprobs(self.server, self.name, *pair), pairs)))
+        return np.array(
+            each_in_threads(lambda pair: prompt_logprobs(self.server, self.name, *pair), pairs, self.concurrency)
+        )
 
 
 class ServerUnfinishedError(UnfinishedError, EndpointError):

@@ -16,6 +16,10 @@ from infalign.rollouts.policy_file import read_policy_file
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 # These differ between two saves of one model without changing what it computes.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "use_cache")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
 _OF_THE_FIT = ("predictions", "procedure", "beta")
 
 
@@ -132,6 +136,19 @@ def combined_fingerprint(kind: str, fingerprints: Sequence[str], settings: Mappi
     }
     content = json.dumps([list(fingerprints), decides], sort_keys=True)
     return f"{kind}:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+
+
+def tokenizer_files_fingerprint(model: str | Path) -> str:
+    """Identity of the tokenizer, template and code files in a model's folder; "" for a hub name, whose commit tells."""
+    digest = hashlib.sha256()
+    folder = Path(model)
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        of_tokenizer = path.name in _TOKENIZER_FILES or path.suffix in (".model", ".jinja", ".tiktoken", ".py")
+        if of_tokenizer and path.is_file():
+            digest.update(
+                f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode()
+            )
+    return digest.hexdigest()[:32] if folder.is_dir() else ""
 
 
 def _hash_folder(folder: Path) -> str:

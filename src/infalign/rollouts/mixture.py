@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
-from queue import Empty, Queue
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
@@ -19,6 +17,7 @@ from infalign.rollouts.decode import uniforms
 from infalign.rollouts.key import RolloutKey, combined_fingerprint
 from infalign.rollouts.logprobs import Scoring
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
+from infalign.rollouts.threads import in_threads
 
 
 class MixturePolicy(Policy):
@@ -169,27 +168,31 @@ def _at_once(
     if len(drawing) <= 1:
         yield from _in_turn(drawing, failures)
         return
-    found: Queue[tuple[int, Rows]] = Queue()
+    found: SimpleQueue[tuple[int, Rows]] = SimpleQueue()
     stopped = Event()
 
-    def work(part: int) -> None:
+    def work(part: int) -> dict[str, InfalignError]:
         rows_of = drawing[part]()
-        for rows in rows_of:
-            found.put((part, rows))
-            if stopped.is_set():
-                rows_of.close()  # pyright: ignore[reportAttributeAccessIssue]
-                return
-
-    with ThreadPoolExecutor(len(drawing)) as pool:
-        running = [pool.submit(work, part) for part in drawing]
         try:
-            while not all(one.done() for one in running) or not found.empty():
-                with suppress(Empty):
-                    yield found.get(timeout=0.02)
-        finally:
-            stopped.set()
-        for one in running:
-            try:
-                one.result()
-            except UnfinishedError as error:
-                failures |= error.failures
+            for rows in rows_of:
+                found.put((part, rows))
+                if stopped.is_set():
+                    rows_of.close()  # pyright: ignore[reportAttributeAccessIssue]
+                    break
+        except UnfinishedError as error:
+            return dict(error.failures)
+        return {}
+
+    try:
+        for done in in_threads(work, list(drawing), len(drawing), tick=0.02):
+            while not found.empty():
+                yield found.get()
+            failures |= {} if done is None else done[1]
+    except GeneratorExit:
+        raise
+    except BaseException:  # what has come is not lost
+        while not found.empty():
+            yield found.get()
+        raise
+    finally:
+        stopped.set()

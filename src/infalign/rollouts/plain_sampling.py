@@ -37,15 +37,47 @@ class PlainSampling:
     def __init__(self, endpoint: Endpoint, fields: Mapping[str, Any] | None = None) -> None:
         self.endpoint = endpoint
         self._accepted: Mapping[str, Any] | None = fields
+        self._given = 1  # the most choices of one answer so far
+        self._limit: int | None = None  # more are refused
 
-    def post(self, path: str, content: Mapping[str, Any]) -> Any:
+    def post_choices(self, path: str, content: Mapping[str, Any], count: int, *, largest_each: int) -> Any:
+        """Ask for so many choices, or for as many as the server gives in one answer where it refuses more.
+
+        Args:
+            path: As for `post`.
+            content: As for `post`, without `n`.
+            count: How many choices.
+            largest_each: Bytes of the largest choice.
+
+        Raises:
+            RequestRefusedError: The server refuses the request even for one choice, or for as many as it has given.
+            EndpointError: As for `post`.
+        """
+        first: RequestRefusedError | None = None
+        count = min(count, self._limit or count)
+        while True:
+            try:
+                answer = self.post(path, {**content, "n": count}, largest=(1 << 20) + count * largest_each)
+            except RequestRefusedError as error:
+                first = first or error
+                # So many have been given before, so that this request is refused for another reason.
+                if count <= self._given:
+                    raise first from None
+                count //= 2
+                continue
+            self._given = max(self._given, count)
+            if first is not None:
+                self._limit = count
+            return answer
+
+    def post(self, path: str, content: Mapping[str, Any], *, largest: int) -> Any:
         """As `Endpoint.post`; raises RequestRefusedError where the server takes none of the known fields."""
         # Once a server has accepted a way, what it refuses later is the request's own fault.
         ways = _WAYS if self._accepted is None else (self._accepted,)
         refusals: list[RequestRefusedError] = []
         for fields in ways:
             try:
-                answer = self.endpoint.post(path, {**content, **fields})
+                answer = self.endpoint.post(path, {**content, **fields}, largest=largest)
             except RequestRefusedError as error:
                 refusals.append(error)
                 continue

@@ -6,10 +6,11 @@ import asyncio
 import hashlib
 import importlib
 import inspect
+import math
 import numbers
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 
 from infalign.data import Message, PromptContent
 from infalign.errors import InputError, RewardError
-from infalign.rollouts.http import Endpoint, EndpointError
-from infalign.rollouts.key import model_fingerprint, model_name
+from infalign.rollouts.function_key import function_digest, name_of, told
+from infalign.rollouts.http import Endpoint, EndpointError, known_keys
+from infalign.rollouts.key import model_fingerprint, model_name, tokenizer_files_fingerprint
+from infalign.rollouts.outside import in_short
 from infalign.rollouts.rendering import rendered_ids
 from infalign.rollouts.texts import shown
+from infalign.rollouts.threads import each_in_threads, in_a_thread
 from infalign.rollouts.user_code import extend_path, in_the_way
 from infalign.wording import counted
 
@@ -99,23 +103,19 @@ class FunctionReward(RewardSource):
 
     Args:
         function: The function, or `"module:function"`.
-        key: Names the source; by default the function's name and a hash of its source code, so that a function that
-            was changed scores anew. What the function calls or has captured is not part of the hash.
+        key: Names the source; by default the function's name and a hash of its code and state (`identity.py`), so that
+            a function that was changed, or made with other arguments, scores anew.
 
     Raises:
-        InputError: There is no such module or function.
+        InputError: There is no such module or function, or it has a state that has no form that is the same in every
+            process, and no key is given.
     """
 
     def __init__(self, function: str | Callable[..., Any], *, key: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        name = f"{getattr(self._function, '__module__', '?')}:{getattr(self._function, '__qualname__', 'function')}"
-        if isinstance(function, str):
-            name = function
-        try:
-            digest = hashlib.sha256(inspect.getsource(self._function).encode()).hexdigest()[:12]
-        except (OSError, TypeError):
-            digest = ""
-        self.key = key or (f"{name}@{digest}" if digest else name)
+        name = function if isinstance(function, str) else name_of(self._function)
+        digest = function_digest(function, self._function, key)
+        self.key = key or f"{name}@{digest}"
         self._name = name if key is None else key
         self.description = {"kind": "function", "function": name, "source": digest}
         try:
@@ -162,7 +162,7 @@ class FunctionReward(RewardSource):
             raise
         except Exception as error:
             if len(completions) == 1:
-                return Scores(np.array([np.nan]), [f"{type(error).__name__}: {error}"])
+                return Scores(np.array([np.nan]), [told(error)])
         rewards = np.empty(len(completions))
         errors: list[str | None] = []
         for row in range(len(completions)):
@@ -179,7 +179,7 @@ class FunctionReward(RewardSource):
                 raise
             except Exception as error:
                 rewards[row] = np.nan
-                errors.append(f"{type(error).__name__}: {error}")
+                errors.append(told(error))
         return Scores(rewards, errors)
 
     def call_once(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Scores:
@@ -192,9 +192,9 @@ class FunctionReward(RewardSource):
     ) -> Any:
         try:
             result = self._function(prompts=list(prompts), completions=list(completions), **columns)
+            return _wait_for(result) if inspect.isawaitable(result) else result
         except SystemExit as error:
             raise RewardError("it ended the program", where=str(self), hint="Raise an error instead") from error
-        return _wait_for(result) if inspect.isawaitable(result) else result
 
 
 def check_scores(
@@ -218,11 +218,15 @@ def check_scores(
         if value is None:
             rewards[row], errors[row] = np.nan, "it returned no reward"
         elif not isinstance(value, numbers.Real):
-            raise RewardError(f"{at}: the reward is {value!r}, not a number", where=where, hint=NUMBER_OR_NONE)
-        elif not np.isfinite(float(value)):
-            raise RewardError(f"{at}: the reward is {float(value)}", where=where, hint=NUMBER_OR_NONE)
+            raise RewardError(f"{at}: the reward is {reprlib.repr(value)}, not a number", where=where,
+                              hint=NUMBER_OR_NONE)  # fmt: skip
         else:
-            rewards[row] = float(value)
+            try:
+                rewards[row] = float(value)
+            except OverflowError:
+                rewards[row] = math.inf
+            if not math.isfinite(rewards[row]):
+                raise RewardError(f"{at}: the reward is {rewards[row]}", where=where, hint=NUMBER_OR_NONE)
     return Scores(rewards, errors)
 
 
@@ -264,14 +268,21 @@ class HTTPReward(RewardSource):
             content = {"prompts": list(prompts[start:stop]), "completions": list(completions[start:stop])}
             count, of = len(content["completions"]), prompt_ids and prompt_ids[start:stop]
             try:
-                answer = self.endpoint.post("", content)
-            except EndpointError as error:
-                return Scores(np.full(count, np.nan), [str(error)] * count)
+                answer = self.endpoint.post("", content, largest=(1 << 20) + 4096 * count)
+            except EndpointError as error:  # without the address, which is nobody's business where rewards are stored
+                said = f" ({error.said})" if error.said else ""
+                return Scores(np.full(count, np.nan), [error.what + said] * count)
             values = answer.get("rewards") if isinstance(answer, dict) else answer
+            if isinstance(values, list):
+                known = known_keys()
+                values = [
+                    one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values
+                ]
+            else:
+                values = None
             return check_scores(values, count, start, self.key, of)
 
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            parts = list(pool.map(one, starts))
+        parts = each_in_threads(one, starts, min(self._concurrency, max(1, len(starts))))
         rewards = np.concatenate([part.rewards for part in parts]) if parts else np.empty(0)
         return Scores(rewards, [error for part in parts for error in part.errors])
 
@@ -309,7 +320,11 @@ def _wait_for(result: Any) -> Any:
     async def finish() -> Any:
         return await result
 
-    return asyncio.run(finish())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(finish())
+    return in_a_thread(lambda: asyncio.run(finish()))  # this thread has a loop of its own, as in a notebook
 
 
 class SequenceClassificationReward(RewardSource):
@@ -357,6 +372,7 @@ class SequenceClassificationReward(RewardSource):
         self.description = {
             "kind": "sequence-classification",
             "model": fingerprint,
+            "tokenizer": tokenizer_files_fingerprint(model),
             "max_length": max_length,
             "append_end_token": append_end_token,
         }

@@ -15,6 +15,7 @@ from infalign.data import Prompt
 from infalign.decode.decoder import Decoded, Decoder
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.http import EndpointError, RequestRefusedError
+from infalign.rollouts.threads import time_left, time_limit
 from infalign.serving.batcher import Batcher
 from infalign.serving.protocol import (
     AnswerMessage,
@@ -82,7 +83,7 @@ class ProcedureServer:
     def __init__(self, served: Served) -> None:
         self._served = served
         self._started = int(time.time())
-        self._upstream_fails = False
+        self._upstream_fails = self._late = False
         self._stopping = False
         self._batcher = Batcher[Prompt, Decoded](
             self._decode, capacity=served.capacity, max_batch=served.max_batch, workers=served.workers
@@ -136,7 +137,9 @@ class ProcedureServer:
         async def health() -> Health:
             """How busy the server is."""
             queue = self._batcher
-            status = "stopping" if self._stopping else "upstream does not answer" if self._upstream_fails else "ok"
+            late = self._late or queue.longest_under_way > self._served.timeout
+            status = "late" if late else "ok"
+            status = "stopping" if self._stopping else "upstream does not answer" if self._upstream_fails else status
             return Health(status=status, open=queue.num_open, waiting=queue.num_waiting, capacity=queue.capacity)
 
         return app
@@ -167,6 +170,17 @@ class ProcedureServer:
         return decoded, {"created": int(time.time()), "model": self._served.name, "usage": usage, "infalign": how}
 
     def _decode(self, prompts: Sequence[Prompt]) -> Sequence[Decoded | InfalignError]:
+        """Decode a batch; servers that are asked for it have as long as the clients wait, and no longer."""
+        with time_limit(self._served.timeout):
+            answers = self._decode_in_time(prompts)
+            self._late = time_left() <= 0.0
+        failed = [
+            isinstance(answer, EndpointError) and not isinstance(answer, RequestRefusedError) for answer in answers
+        ]
+        self._upstream_fails = any(failed)
+        return answers
+
+    def _decode_in_time(self, prompts: Sequence[Prompt]) -> Sequence[Decoded | InfalignError]:
         # A reward gets the columns that all prompts of a call have: those of a run and others must not share one.
         calls: dict[bool, list[int]] = {}
         for at, prompt in enumerate(prompts):
@@ -176,10 +190,6 @@ class ProcedureServer:
             asked = [self._served.known.get(prompts[at].id, prompts[at]) for at in rows]
             for at, answer in zip(rows, self._served.decoder.decode_each(asked), strict=True):
                 answers[at] = answer
-        failed = [
-            isinstance(answer, EndpointError) and not isinstance(answer, RequestRefusedError) for answer in answers
-        ]
-        self._upstream_fails = any(failed)
         return answers
 
     def _require_name(self, name: str) -> None:

@@ -78,6 +78,7 @@ class Batcher(Generic[Item, Result]):
         self._workers = workers
         self._waiting: deque[_Job[Item, Result]] = deque()
         self._open = 0
+        self._began: dict[int, float] = {}  # by the thread that works on it
         self._stopping = False
         self._changed = threading.Condition()
         self._seconds_per_item = 0.0  # a running mean, all workers together
@@ -88,6 +89,12 @@ class Batcher(Generic[Item, Result]):
     def num_open(self) -> int:
         """Items taken in and not finished."""
         return self._open
+
+    @property
+    def longest_under_way(self) -> float:
+        """Seconds that the oldest batch has been under way; 0 where none is."""
+        began = list(self._began.values())
+        return time.monotonic() - min(began) if began else 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -158,8 +165,9 @@ class Batcher(Generic[Item, Result]):
                 taken = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
             batch = [job for job in taken if job.future.set_running_or_notify_cancel()]
             if batch:
-                started = time.monotonic()
+                started = self._began[threading.get_ident()] = time.monotonic()
                 self._finish(batch)
+                del self._began[threading.get_ident()]
                 self._learn_pace((time.monotonic() - started) / (len(batch) * self._workers))
 
     def _finish(self, batch: Sequence[_Job[Item, Result]]) -> None:

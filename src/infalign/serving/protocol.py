@@ -276,13 +276,14 @@ class Health(BaseModel):
     """How busy the server is.
 
     Attributes:
-        status: `ok`, `stopping`, or `upstream does not answer` if the last request upstream failed.
+        status: `ok`; `stopping`; `upstream does not answer` if the last request upstream failed; `late` if the last one
+            was not done in time, or one under way will not be.
         open: Requests taken in and not finished.
         waiting: Those of them that nothing works on yet.
         capacity: Most open requests.
     """
 
-    status: Literal["ok", "stopping", "upstream does not answer"]
+    status: Literal["ok", "stopping", "upstream does not answer", "late"]
     open: int
     waiting: int
     capacity: int

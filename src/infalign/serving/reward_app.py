@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infalign.rollouts.models import load_tokenizer
+from infalign.rollouts.threads import time_left, time_limit
 from infalign.serving.batcher import Batcher
 from infalign.serving.openrlhf import PromptTexts
 from infalign.serving.protocol import ErrorAnswer
@@ -85,9 +86,18 @@ def make_reward_app(
         load_tokenizer(run.reference, trust_remote_code=run.recipe.policy.trust_remote_code),
         run.store("reference").table(["text"])["text"].to_pylist(),
     )
-    batcher = Batcher[_Asked, RewardAnswer](
-        lambda asked: _reward(reward, asked), capacity=capacity, max_batch=batch_size
-    )
+    late = False
+
+    def work(asked: Sequence[_Asked]) -> list[RewardAnswer]:
+        """Score; a reward server that is asked for it has as long as the clients wait, and no longer."""
+        nonlocal late
+        with time_limit(timeout):
+            try:
+                return _reward(reward, asked)
+            finally:
+                late = time_left() <= 0.0
+
+    batcher = Batcher[_Asked, RewardAnswer](work, capacity=capacity, max_batch=batch_size)
     app = make_app("infalign serve-reward", max_body=MAX_BODY)
 
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
@@ -104,7 +114,13 @@ def make_reward_app(
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """How busy the server is."""
-        return {"status": "ok", "open": batcher.num_open, "waiting": batcher.num_waiting, "capacity": batcher.capacity}
+        status = "late" if late or batcher.longest_under_way > timeout else "ok"
+        return {
+            "status": status,
+            "open": batcher.num_open,
+            "waiting": batcher.num_waiting,
+            "capacity": batcher.capacity,
+        }
 
     return app, batcher
 

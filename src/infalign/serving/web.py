@@ -108,8 +108,9 @@ def make_app(title: str, *, max_body: int) -> FastAPI:
         if isinstance(error, EndpointError):
             text = f"the upstream server does not answer: {error.what}"
             return error_response(503, text, kind="upstream_error", retry_after=5)
-        if isinstance(error, RewardError):  # other candidates may well be scored
-            return error_response(503, message, kind="reward_error", retry_after=5)
+        if isinstance(error, RewardError):  # other candidates may well be scored; why not these is in the log
+            text = "the candidates could not be scored"
+            return error_response(503, text, kind="reward_error", retry_after=5)
         return error_response(500, message, kind="server_error")
 
     @app.exception_handler(Exception)
