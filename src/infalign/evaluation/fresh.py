@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.data import PromptSet
-from infalign.errors import InputError
+from infalign.errors import InputError, StorageError
 from infalign.evaluation.measure import measure
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
+from infalign.inventory import read_object
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
@@ -52,9 +53,13 @@ def exact_kls(
     path = store.path / KL_FILE
     about = {"reference": reference, "prompt_ids": prompts.ids, "num_samples": num_samples}
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if {name: kept.get(name) for name in about} == about:
-            return np.array(kept["exact_kl_PG"])
+        try:
+            kept = read_object(path)
+            kls_PG = np.array(kept.get("exact_kl_PG"), dtype=np.float64)
+        except (StorageError, ValueError, TypeError):
+            kept, kls_PG = {}, np.empty(0)  # damaged: it is computed again
+        if {name: kept.get(name) for name in about} == about and kls_PG.shape == (len(prompts), num_samples):
+            return kls_PG
     policy, reference_policy = load()
     token_ids_PG = store.lists_PK("token_ids", prompts.ids, num_samples)
     ref_token_ids_PK = None
@@ -151,7 +156,7 @@ def with_record(result: MethodResult, model: str | Path, store: RolloutStore) ->
         return result
     acceptance, tokens = None, result.mean_length
     if (store.path / TRIES).exists():
-        tries = json.loads((store.path / TRIES).read_text(encoding="utf-8"))
+        tries = read_object(store.path / TRIES, hint="Run the recipe again: what is whole is kept")
         # Of tries that were drawn ahead more than one may be accepted, and one is delivered.
         acceptance, tokens = tries["acceptance"], tries["tokens"] / len(store)
     return replace(result, reshaped=ReshapedRecord.of_fit(fit, acceptance=acceptance, tokens=tokens))

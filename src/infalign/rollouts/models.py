@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from infalign.errors import InputError
 from infalign.hub import require_model
+from infalign.rollouts.moved import adapter_base, recorded_base
 from infalign.rollouts.policy_file import read_policy_file
 from infalign.wording import counted
 
@@ -41,9 +41,10 @@ def load_policy(
     # An adapter in bfloat16 on a CPU is slow and coarse; a GPU takes what the weights were stored in.
     torch_dtype: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    base = moved_base(model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
+            model if base is None else base,
             dtype=torch_dtype,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
@@ -61,8 +62,16 @@ def load_policy(
             hint="Give a folder with config.json and model.safetensors, or a hub name",
         ) from error
     require_all_weights(loading, str(model))
+    if base is not None:
+        policy.load_adapter(str(model))
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return policy.to(device).eval(), tokenizer
+
+
+def moved_base(model: str | Path) -> str | None:
+    """Where the base of an adapter folder is now, if it is not where the folder says; else None."""
+    named, base = recorded_base(model), adapter_base(model)
+    return None if named is None or named == base else base
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -111,12 +120,6 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
             where=where,
             hint="Give a model of this kind: a policy has a language-model head, a reward model a score head",
         )
-
-
-def adapter_base(model: str | Path) -> str:
-    """The name of the model that an adapter folder adapts; any other name as it is."""
-    config = Path(model) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else str(model)
 
 
 def _first_line(error: Exception) -> str:

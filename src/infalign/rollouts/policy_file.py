@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infalign.errors import InputError, StorageError
+from infalign.rollouts.moved import found_after_move
 
 NAME = "policy.json"
 MIXTURE, RESHAPED = "mixture", "reshaped"
@@ -101,9 +102,9 @@ def _weights(content: Mapping[str, Any]) -> list[float]:
 
 
 def _found(folder: Path, named: str) -> str:
-    """A path relative to the file's folder where there is such a folder; else the name as it is."""
+    """A path relative to the file's folder, or where it is since a move, if such a folder is there; else the name."""
     there = folder / named
-    return str(there.resolve()) if there.is_dir() else named
+    return str(there.resolve()) if there.is_dir() else found_after_move(folder, named)
 
 
 def _relative(folder: Path, named: str) -> str:

@@ -55,7 +55,8 @@ class ShardLog:
                 tables.append(_read_shard(shard, schema))
             except (OSError, pa.ArrowException) as error:
                 raise StorageError(f"the shard cannot be read ({error})", where=str(shard),
-                                   hint="Delete this one file: what it held is drawn again") from error  # fmt: skip
+                                   hint="Delete this one file and give the same command again: "
+                                        "what it held is made again") from error  # fmt: skip
         return pa.concat_tables(tables)
 
     @contextmanager
@@ -90,8 +91,22 @@ class ShardLog:
             shards = self.shards
             number = int(shards[-1].stem) + 1 if shards else 0
             final = self.folder / f"{number:06d}.parquet"
-            write_atomically(final, lambda path: pq.write_table(table.cast(self.schema), path))
+            write_atomically(final, lambda path: _write_shard(table.cast(self.schema), path))
             return final
+
+    def keep_only(self, wanted: Callable[[pa.Table], pa.ChunkedArray | pa.Array]) -> None:
+        """Rewrite the table without the rows for which `wanted` is false; killed on the way, it may hold rows twice.
+
+        Raises:
+            StorageError: A shard cannot be read, or the folder cannot be written.
+        """
+        with self.writing():
+            before, table = self.shards, self.read()
+            kept = table.filter(wanted(table))
+            if kept.num_rows < table.num_rows:
+                self.append(kept)
+                for shard in before:
+                    shard.unlink()
 
     def _remove_unfinished(self) -> None:
         for path in self.folder.glob(".*.part"):
@@ -99,8 +114,12 @@ class ShardLog:
 
 
 def _read_shard(shard: Path, schema: pa.Schema) -> pa.Table:
-    with pq.ParquetFile(shard) as file:
+    with pq.ParquetFile(shard, page_checksum_verification=True) as file:
         return file.read(columns=schema.names).cast(schema)
+
+
+def _write_shard(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, write_page_checksum=True)  # a changed byte is an error, not another reward
 
 
 def write_atomically(final: Path, write: Callable[[Path], object]) -> None:
