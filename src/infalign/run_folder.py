@@ -360,10 +360,11 @@ def write_text(path: Path, content: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        in_the_way = "A folder is in its place: move it away, and give the same command again"
         raise StorageError(
             f"cannot be written ({error.strerror})",
             where=str(path),
-            hint="Make room, or choose another folder with --out",
+            hint=in_the_way if path.is_dir() else "Make room, or choose another folder with --out",
         ) from error
 
 

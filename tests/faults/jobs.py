@@ -28,8 +28,17 @@ SOLVERS = {
     "landing": ["kl_budget=0.2", "training.steps=4"],
     "reshape": RESHAPED,
 }
+# A file `countdown` beside it says at which call the reward presses Ctrl-C.
 REWARDS = """
+import os, pathlib, signal
+
 def vowels(prompts, completions):
+    countdown = pathlib.Path(__file__).with_name("countdown")
+    if countdown.exists():
+        left = int(countdown.read_text())
+        countdown.write_text(str(left - 1))
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
     return [sum(c in "aeiou" for c in text) + len(text) / 100 + sum(map(ord, text)) / 1e6 for text in completions]
 """
 

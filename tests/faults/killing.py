@@ -8,6 +8,7 @@ import builtins
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -39,7 +40,14 @@ class Recorder:
 
 
 class FileOperations:
-    """Counts the operations on files below a folder; kills this process at one of them."""
+    """Counts the operations on files below a folder; kills this process at one of them.
+
+    Args:
+        folder: The folder.
+        kill_at: Which: its number, or a pair of its name and a pattern for the path, of which the first counts.
+        how: One of `HOW`.
+        record: A list for what there was.
+    """
 
     def __init__(self, folder, kill_at=None, how="before", record=None):
         self.folder, self.kill_at, self.how, self.record = str(folder), kill_at, how, record
@@ -109,6 +117,8 @@ class FileOperations:
         self.count += 1
         if self.record is not None:
             self.record.append((name, str(place).removeprefix(self.folder)))
+        if isinstance(self.kill_at, tuple):
+            return name == self.kill_at[0] and bool(re.search(self.kill_at[1], str(place)))
         return self.count - 1 == self.kill_at
 
 
@@ -125,7 +135,7 @@ def run_in_child(job, out, overrides, log, *, kill_at=None, how="before", after=
         out: Run folder.
         overrides: Changes to the recipe.
         log: File that its lines are added to.
-        kill_at: Kill it at this operation on files; None to let it end.
+        kill_at: Kill it at this operation on files, as for `FileOperations`; None to let it end.
         how: "before", "after" or "torn".
         after: Kill it after so many seconds.
         list_to: File to write the operations to, as JSON.
@@ -145,6 +155,7 @@ def run_in_child(job, out, overrides, log, *, kill_at=None, how="before", after=
                 os.dup2(quiet.fileno(), 2)
             if after is not None:
                 signal.setitimer(signal.ITIMER_REAL, after)  # nobody handles it: the process ends
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it
             _attempt(job, out, overrides, log, kill_at, how, list_to, work)
         except KeyboardInterrupt as error:
             said = f"stopped: {error}"
