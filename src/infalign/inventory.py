@@ -23,12 +23,15 @@ from infalign.errors import StorageError
 MANIFEST, SOURCE = "manifest.json", "source.json"  # without them the files beside them mean nothing
 # What may change or go without harm: cards that are written again, locks, and what killed writers left.
 _NO_CONTENT = re.compile(r"README\.md|\.lock|.*\.(tmp|part|partial)|\..*\.partial")
+_LEFTOVER = re.compile(
+    r"\..*\.part|.*\.\d+\.tmp|(result|infalign_state)\.json\.tmp|report\..*\.partial|policy\.json\.part"
+)
 _SAID_BY_TEXT = {"text", "prompt_id", "index", "finish_reason", "reward"}
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is what a killed writer left, and nobody's result."""
-    return bool(re.fullmatch(r".*\.(tmp|part|partial)|\..*\.(tmp|part|partial)(\..*)?", name))
+    return bool(_LEFTOVER.fullmatch(name))
 
 
 def file_digest(path: Path) -> str:

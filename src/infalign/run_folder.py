@@ -183,13 +183,13 @@ class RunFolder:
             damaged = damaged_files(self.path, stamp.inventory)
             if not damaged:
                 return False
-            self._say_damage(stage, damaged)
+            self._say_damage(stage, damaged, "damaged or missing; it is done again")
             self._clear(stage, self._spoilt_by(damaged, outputs))
             self._write_stamp(stage, replace(stamp, done=False))
             return True
         spoilt = unreadable_files(self.path, dict.fromkeys([*outputs, *(files or ())]))
         if spoilt:
-            self._say_damage(stage, spoilt)
+            self._say_damage(stage, spoilt, "damaged; what it held is made again")
             self._clear(stage, [what_falls_with(name) for name in spoilt])
         return True
 
@@ -262,10 +262,10 @@ class RunFolder:
                 self._put_aside(stage, "damaged", [f"{store.as_posix()}/kl.json"])
                 RolloutStore.read(self.path / store).forget_missing()
 
-    def _say_damage(self, stage: str, names: Sequence[str]) -> None:
+    def _say_damage(self, stage: str, names: Sequence[str], what: str) -> None:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         verb = "are" if others else "is"
-        self.say(f"  {stage}: {names[0]}{others} {verb} damaged or missing; it is done again")
+        self.say(f"  {stage}: {names[0]}{others} {verb} {what}")
 
     def _put_aside(self, stage: str, why: str, names: Iterable[str]) -> str | None:
         """Move files and folders to `superseded/`; nothing is deleted. Returns where they are, if there were any."""
@@ -293,11 +293,11 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Remove what writers that were killed left; whoever holds the lock is the only writer."""
-        for top in (self.path, self.path / "stages", *self.path.glob("*/")):
-            if top.name != "superseded" and top.is_dir() and not top.is_symlink():
-                for path in top.iterdir():
-                    if is_leftover(path.name) and (path.is_file() or path.is_symlink()):
-                        path.unlink(missing_ok=True)
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if name != "superseded"]
+            for name in files:
+                if is_leftover(name):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def _stamp_path(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
@@ -325,8 +325,8 @@ def _was_begun(path: Path) -> bool:
     """Whether this folder is empty, or what a run left that was killed while it began or that lost its run.json."""
     names = {one.name for one in path.iterdir()}
     stages = path / "stages"
-    if any(read_stamp(one) is not None for one in stages.glob("*.json")):
-        return True
+    if stages.is_dir() and names & {".lock", "run.json"}:
+        return True  # nobody else makes such a folder
     empty = not stages.is_dir() or all(is_leftover(one.name) for one in stages.iterdir())
     return empty and all(name in ("stages", ".lock", "run.json") or is_leftover(name) for name in names)
 

@@ -78,7 +78,10 @@ class FileOperations:
             result = function(*args, **kwargs)
             if mine:
                 if self.how == "torn":
-                    os.truncate(args[torn], os.path.getsize(args[torn]) // 2)
+                    written = _path_of(args[torn])
+                    if hasattr(args[torn], "flush"):
+                        args[torn].flush()
+                    os.truncate(written, os.path.getsize(written) // 2)
                 die()
             return result
 
@@ -104,14 +107,12 @@ class FileOperations:
         return opening
 
     def _place(self, args):
-        """The path that an operation is on, if it is ours; names relative to an open folder are taken for ours."""
-        paths = [os.fspath(one) for one in args[:2] if isinstance(one, str | os.PathLike)]
+        """The paths that an operation is on, if one is ours; names relative to an open folder are taken for ours."""
+        paths = [path for one in args[:2] if (path := _path_of(one)) is not None]
         if not paths:
-            return "a descriptor"
-        for path in paths:
-            if not os.path.isabs(path) or path.startswith(self.folder):
-                return path
-        return None
+            return "nothing with a name"
+        ours = any(not os.path.isabs(path) or path.startswith(self.folder) for path in paths)
+        return " -> ".join(paths) if ours else None
 
     def _next(self, name, place):
         self.count += 1
@@ -120,6 +121,16 @@ class FileOperations:
         if isinstance(self.kill_at, tuple):
             return name == self.kill_at[0] and bool(re.search(self.kill_at[1], str(place)))
         return self.count - 1 == self.kill_at
+
+
+def _path_of(one):
+    """The path of a path, a descriptor or an open file; None of anything else."""
+    if isinstance(one, str | os.PathLike):
+        return os.fspath(one)
+    with suppress(Exception):
+        descriptor = one if isinstance(one, int) and one > 2 else one.fileno()
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    return None
 
 
 def die():

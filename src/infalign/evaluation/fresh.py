@@ -154,9 +154,11 @@ def with_record(result: MethodResult, model: str | Path, store: RolloutStore) ->
     fit = read_fit(model)
     if fit is None:
         return result
-    acceptance, tokens = None, result.mean_length
+    reshaping = fit.get("reshaping")
+    is_mixture = isinstance(reshaping, dict) and reshaping.get("kind") == "mixture"
+    acceptance, tokens = None, result.mean_length if is_mixture else None
     if (store.path / TRIES).exists():
         tries = read_object(store.path / TRIES, hint="Run the recipe again: what is whole is kept")
         # Of tries that were drawn ahead more than one may be accepted, and one is delivered.
-        acceptance, tokens = tries["acceptance"], tries["tokens"] / len(store)
+        acceptance, tokens = tries["acceptance"], tries["tokens"] / (tries.get("delivered") or len(store))
     return replace(result, reshaped=ReshapedRecord.of_fit(fit, acceptance=acceptance, tokens=tokens))

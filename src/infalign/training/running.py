@@ -118,6 +118,8 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path |
             run_trainer(trainer, checkpoint)
     except KeyboardInterrupt:
         raise keeper.save(trainer, out) from None
+    if is_main():
+        shutil.rmtree(out / "model", ignore_errors=True)  # of an attempt that was killed while it saved
     wait_for_all()
     trainer.save_model(str(out / "model"))
     if is_main():
