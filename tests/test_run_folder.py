@@ -111,7 +111,7 @@ def test_a_damaged_stamp_counts_as_none(tmp_path, content):
     assert [path.read_text() for path in folder.path.glob("superseded/work-unknown-*/work.txt")] == ["precious"]
 
 
-@pytest.mark.parametrize("left", [[], ["stages/"], ["run.json.77.tmp"], ["stages/", ".lock", "run.json"]])
+@pytest.mark.parametrize("left", [[], ["stages/"], [".77.part"], ["stages/", ".lock", "run.json"]])
 def test_a_folder_whose_run_was_killed_as_it_began_can_be_used(tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()

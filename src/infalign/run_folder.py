@@ -327,6 +327,8 @@ def _was_begun(path: Path) -> bool:
     stages = path / "stages"
     if stages.is_dir() and names & {".lock", "run.json"}:
         return True  # nobody else makes such a folder
+    if any(read_stamp(one) is not None for one in stages.glob("*.json")):
+        return True
     empty = not stages.is_dir() or all(is_leftover(one.name) for one in stages.iterdir())
     return empty and all(name in ("stages", ".lock", "run.json") or is_leftover(name) for name in names)
 
