@@ -1,5 +1,6 @@
 """Damage to files is told from what is no damage."""
 
+import json
 import os
 import shutil
 
@@ -11,7 +12,9 @@ from infalign.errors import StorageError
 from infalign.inventory import (
     damaged_files,
     read_object,
+    read_sealed,
     same_content,
+    sealed,
     take_inventory,
     unreadable_files,
     what_falls_with,
@@ -96,3 +99,16 @@ def test_a_json_file_that_is_damaged_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(StorageError, match=r"x\.json: .*damaged.*\. Do this"):
         read_object(tmp_path / "x.json", "Do this")
+
+
+def test_a_sealed_file_is_whole_or_nothing(tmp_path):
+    path, content = tmp_path / "kl.json", {"ids": ["a", "\ud83d"], "kl": [0.125, 1e-9]}
+    path.write_text(json.dumps(sealed(content)))
+    assert read_sealed(path) == content
+    path.write_text(path.read_text().replace("0.125", "0.225"))
+    assert read_sealed(path) is None
+    path.write_text(json.dumps(content))
+    assert read_sealed(path) == content, "of an earlier version"
+    path.write_text("[1]")
+    assert read_sealed(path) is None
+    assert read_sealed(tmp_path / "nothing") is None

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from infalign.errors import StorageError
 
 MANIFEST, SOURCE = "manifest.json", "source.json"  # without them the files beside them mean nothing
-# What may change or go without harm: cards that are written again, locks, and what killed writers left.
-_NO_CONTENT = re.compile(r"README\.md|\.lock|.*\.(tmp|part|partial)|\..*\.partial")
+# What may change or go without harm: cards that are written again, what is sealed and computed again where it is not
+# whole, locks, and what killed writers left.
+_NO_CONTENT = re.compile(r"README\.md|kl\.json|tries\.json|\.lock|.*\.(tmp|part|partial)|\..*\.partial")
 _LEFTOVER = re.compile(
     r"\..*\.part|.*\.\d+\.tmp|(result|infalign_state)\.json\.tmp|report\..*\.partial|policy\.json\.part"
 )
@@ -111,6 +112,21 @@ def read_object(path: str | Path, hint: str | None = None) -> dict[str, Any]:
     return content
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-able content with a digest of its own, by which `read_sealed` tells whether it is whole."""
+    return {**content, "digest": _digest(content)}
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What was sealed; None where there is nothing, or it is damaged. Files of earlier versions have no seal."""
+    try:
+        content = read_object(path)
+    except StorageError:
+        return None
+    seal = content.pop("digest", None)
+    return content if seal is None or seal == _digest(content) else None
+
+
 def same_content(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether what there was is there again: the same rows in tables, the same bytes in all other files."""
     digests = {name: known[2] for name, known in now.get("files", {}).items()}
@@ -136,6 +152,10 @@ def what_falls_with(name: str) -> str:
     """What means nothing without this file: its folder for the files that say what lies beside them, else itself."""
     path = Path(name)
     return (path.parent if path.name in (MANIFEST, SOURCE) else path).as_posix()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _files(root: Path, names: Iterable[str]) -> Iterator[Path]:

@@ -45,7 +45,6 @@ DAMAGE = [
     ("finished", "plan.json", "link"),
     ("finished", "policies/optimal/model/model.safetensors", "garble"),
     ("finished", "policies/optimal/result.json", "folder"),
-    ("finished", "rollouts/evaluation-optimal/kl.json", "odd_json"),
     ("finished", "evaluation.json", "link_elsewhere"),
     ("training", "policies/optimal/checkpoints/checkpoint-4/model.safetensors", "garble"),
     ("training", "policies/optimal/checkpoints/checkpoint-4/trainer_state.json", "truncate"),

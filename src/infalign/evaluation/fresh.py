@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.data import PromptSet
-from infalign.errors import InputError, StorageError
+from infalign.errors import InputError
 from infalign.evaluation.measure import measure
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
-from infalign.inventory import read_object
+from infalign.inventory import read_sealed, sealed
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
@@ -52,14 +52,9 @@ def exact_kls(
     """
     path = store.path / KL_FILE
     about = {"reference": reference, "prompt_ids": prompts.ids, "num_samples": num_samples}
-    if path.exists():
-        try:
-            kept = read_object(path)
-            kls_PG = np.array(kept.get("exact_kl_PG"), dtype=np.float64)
-        except (StorageError, ValueError, TypeError):
-            kept, kls_PG = {}, np.empty(0)  # damaged: it is computed again
-        if {name: kept.get(name) for name in about} == about and kls_PG.shape == (len(prompts), num_samples):
-            return kls_PG
+    kept = read_sealed(path)  # what is damaged is computed again
+    if kept is not None and {name: kept.get(name) for name in about} == about:
+        return np.array(kept["exact_kl_PG"])
     policy, reference_policy = load()
     token_ids_PG = store.lists_PK("token_ids", prompts.ids, num_samples)
     ref_token_ids_PK = None
@@ -69,7 +64,7 @@ def exact_kls(
         reference_policy, list(prompts), token_ids_PG, ref_token_ids_PK=ref_token_ids_PK, progress=progress
     )
     content = about | {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()}
-    write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(json.dumps(sealed(content)), encoding="utf-8"))
     return ratios.exact_kl_PG
 
 
@@ -157,8 +152,7 @@ def with_record(result: MethodResult, model: str | Path, store: RolloutStore) ->
     reshaping = fit.get("reshaping")
     is_mixture = isinstance(reshaping, dict) and reshaping.get("kind") == "mixture"
     acceptance, tokens = None, result.mean_length if is_mixture else None
-    if (store.path / TRIES).exists():
-        tries = read_object(store.path / TRIES, hint="Run the recipe again: what is whole is kept")
+    if (tries := read_sealed(store.path / TRIES)) is not None:
         # Of tries that were drawn ahead more than one may be accepted, and one is delivered.
         acceptance, tokens = tries["acceptance"], tries["tokens"] / (tries.get("delivered") or len(store))
     return replace(result, reshaped=ReshapedRecord.of_fit(fit, acceptance=acceptance, tokens=tokens))

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from infalign.data import Prompt
-from infalign.errors import InfalignError, InputError, StorageError
-from infalign.inventory import read_object
+from infalign.errors import InfalignError, InputError
+from infalign.inventory import read_sealed, sealed
 from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
@@ -403,10 +403,7 @@ def _add_tries(path: Path, before: Tries, after: Tries, delivered: int) -> None:
 
     Tries of a process that was killed are not counted, and neither are the responses that it delivered.
     """
-    try:
-        kept = read_object(path) if path.exists() else {}
-    except StorageError:  # damaged: what came of those tries is not counted either
-        kept = {}
+    kept = read_sealed(path) or {}  # of a damaged count neither the tries nor what came of them count
     content = {
         name: kept.get(name, 0) + getattr(after, name) - getattr(before, name)
         for name in ("tries", "accepted", "tokens")
@@ -414,7 +411,7 @@ def _add_tries(path: Path, before: Tries, after: Tries, delivered: int) -> None:
     content["delivered"] = kept.get("delivered", 0) + delivered
     if content["tries"]:
         content["acceptance"] = content["accepted"] / content["tries"]
-        write_atomically(path, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+        write_atomically(path, lambda part: part.write_text(json.dumps(sealed(content)), encoding="utf-8"))
 
 
 def _relative(logprob_CB: Float) -> Float:
