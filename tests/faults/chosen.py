@@ -103,7 +103,6 @@ def reading(job, top, overrides, name):
 
 # Ctrl-C in the reward, which is called once for the references, and then once in each step of online training.
 INTERRUPTED = [
-    ("online", [*SOLVERS["online"], "training.save_steps=100"], 3),
     ("self-consistent", [*SOLVERS["landing"], "transform=self-consistent", "training.save_steps=100"], 3),
     ("mixed", [*SOLVERS["mixed"], "training.save_steps=100"], 2),
 ]
@@ -128,7 +127,8 @@ def interrupted(job, top, overrides, calls):
 def set_aside(job, top, overrides, training):
     """What is said where an unfinished training is put aside, for other settings."""
     log = top / "aside.log"
-    said = run_in_child(job, training, [*overrides, "training.learning_rate=2.0e-2"], log)
+    changed = [*overrides, "training.learning_rate=2.0e-2", "training.steps=3"]
+    said = run_in_child(job, training, changed, log, work=lambda pipeline: pipeline.run("train"))
     return {"said": said, "told": log.read_text()}
 
 

@@ -13,7 +13,11 @@ import pytest
 from tests.faults.chosen import DAMAGE, INTERRUPTED, moments
 from tests.faults.jobs import SOLVERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,6 @@ def found(tmp_path_factory):
         [sys.executable, "-m", "tests.faults.chosen", str(tmp_path_factory.mktemp("faults"))],
         capture_output=True,
         text=True,
-        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -77,5 +80,5 @@ def test_an_unfinished_training_that_is_set_aside_is_said(found):
     run = found["set aside"]
     assert run["said"] == "done"
     assert "align-optimal: an unfinished attempt was made with other settings" in run["told"]
-    assert "training.learning_rate: 0.01 then, 0.02 now" in run["told"]
+    assert "learning_rate: 0.01 then, 0.02 now" in run["told"]
     assert "it is kept in superseded/align-optimal-" in run["told"]
