@@ -55,6 +55,87 @@ def test_outputs_without_a_stamp_are_put_aside(tmp_path):
     assert json.loads(kept.read_text()) == "precious"
 
 
+def test_two_supersedes_in_one_second_keep_both(tmp_path, monkeypatch):
+    monkeypatch.setattr("infalign.run_folder.time.time", lambda: 1000.0)
+    folder = RunFolder(tmp_path / "run", "demo")
+    for number in (1, 2, 1, 2):
+        folder.begin("work", {"k": number}, ["work.txt"])
+        (folder.path / "work.txt").write_text(f"of {number}")
+        folder.finish("work", 1.0, ["work.txt"])
+    kept = {path.parent.name: path.read_text() for path in folder.path.glob("superseded/*/work.txt")}
+    one, two = fingerprint({"k": 1})[:8], fingerprint({"k": 2})[:8]
+    assert kept == {f"work-{one}-1000": "of 1", f"work-{two}-1000": "of 2", f"work-{one}-1000-2": "of 1"}
+
+
+def test_what_is_put_aside_is_said(tmp_path):
+    said = []
+    folder = RunFolder(tmp_path / "run", "demo", said.append)
+    folder.begin("work", {"k": 1}, ["work.txt"])
+    (folder.path / "work.txt").write_text("half")
+    folder.begin("work", {"k": 2}, ["work.txt"])
+    (line,) = said
+    assert "work: an unfinished attempt was made with other settings (k: 1 then, 2 now)" in line
+    assert "it is kept in superseded/work-" in line
+
+
+def test_a_damaged_output_is_made_again_and_what_depends_on_it_where_it_came_out_otherwise(tmp_path):
+    said = []
+    folder = RunFolder(tmp_path / "run", "demo", said.append)
+
+    def work(text):
+        if folder.begin("work", {"k": 1}, ["work.txt"]):
+            (folder.path / "work.txt").write_text(text)
+            folder.finish("work", 1.0, ["work.txt"])
+        return folder.stamp("work").print
+
+    first = work("result")
+    assert work("never written") == first
+    (folder.path / "work.txt").write_text("garble")
+    assert work("result") == first, "it came out as before"
+    assert said == ["  work: work.txt is damaged or missing; it is done again"]
+    (folder.path / "work.txt").unlink()
+    with pytest.raises(
+        StorageError, match=r"work\.txt: this file of the stage 'work' is damaged or missing. Do the stage"
+    ):
+        folder.require("work", {"k": 1}, "infalign work RECIPE")
+    assert work("another result") == f"{first}-1"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"fingerprint": 3}', '{"done": true}', "\ud800"])
+def test_a_damaged_stamp_counts_as_none(tmp_path, content):
+    folder = RunFolder(tmp_path / "run", "demo")
+    folder.begin("work", {"k": 1}, ["work.txt"])
+    (folder.path / "work.txt").write_text("precious")
+    folder.finish("work", 1.0, ["work.txt"])
+    (folder.path / "stages" / "work.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert folder.stamp("work") is None
+    assert folder.begin("work", {"k": 1}, ["work.txt"])
+    assert [path.read_text() for path in folder.path.glob("superseded/work-unknown-*/work.txt")] == ["precious"]
+
+
+@pytest.mark.parametrize("left", [[], ["stages/"], [".77.part"], ["stages/", ".lock", "run.json"]])
+def test_a_folder_whose_run_was_killed_as_it_began_can_be_used(tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in left:
+        (run / name).mkdir() if name.endswith("/") else (run / name).write_text('{"na')
+    folder = RunFolder(run, "demo")
+    with folder.writing():
+        assert json.loads((run / "run.json").read_text())["name"] == "demo"
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "run.json", "stages"], "leftovers are gone"
+
+
+def test_a_lost_run_json_is_written_again(tmp_path):
+    said = []
+    folder = RunFolder(tmp_path / "run", "demo")
+    folder.begin("work", {"k": 1}, [])
+    folder.finish("work", 1.0)
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("{"), lambda path: path.write_text("[]")):
+        damage(folder.path / "run.json")
+        assert not RunFolder(tmp_path / "run", "demo", said.append).begin("work", {"k": 1}, [])
+    assert said == ["run.json is damaged; it is written again, and the stages say what is done"] * 2
+
+
 def test_require_says_what_differs(tmp_path):
     folder = RunFolder(tmp_path / "run", "demo")
     with pytest.raises(MismatchError, match=r"'work' has not been done. Do it first with `infalign work RECIPE`"):

@@ -18,7 +18,7 @@ from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.adapters import is_adapter, num_outputs
 from infalign.rollouts.embeddings import require_embeddings
 from infalign.rollouts.http import Endpoint
-from infalign.rollouts.models import adapter_base
+from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.rehearsal import rehearse
 from infalign.rollouts.rendering import reads_the_clock, require_chat_template
 from infalign.rollouts.rewards import FunctionReward

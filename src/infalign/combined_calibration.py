@@ -198,8 +198,9 @@ class CombinedCalibrator:
         try:
             settings: dict[str, Any] = json.loads((path / "combined.json").read_text(encoding="utf-8"))
             loaded = cls(settings["weights"], settings["ties"], seed=settings["seed"])
-        except (OSError, ValueError, KeyError) as error:
-            raise StorageError(f"no readable calibrator here ({error})", where=str(path)) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"no readable calibrator here ({error})", where=str(path),
+                               hint="Fit it again; in a run folder, run the recipe again")  from error  # fmt: skip
         loaded.calibrators = [RewardCalibrator.load(path / str(m)) for m in range(loaded.weights.size)]
         loaded._prepare()
         return loaded

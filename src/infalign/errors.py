@@ -43,5 +43,9 @@ class StorageError(InfalignError, OSError):
     """A file or folder cannot be read or written (missing, no space, no permission)."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the work; the message says what the same command goes on from."""
+
+
 class TrainingError(InfalignError, RuntimeError):
     """Training cannot go on (loss not finite, KL out of control, constant reward, out of memory)."""

@@ -225,6 +225,8 @@ def remove(path: Path) -> None:
 def _not_written(path: Path, error: OSError) -> StorageError:
     misnamed = isinstance(error, FileNotFoundError | NotADirectoryError | FileExistsError | IsADirectoryError)
     hint = "Check the names of its folders" if misnamed else HINT
+    if path.is_dir():
+        hint = "A folder is in its place: move it away, and give the same command again"
     return StorageError(f"cannot be written ({error.strerror or error})", where=str(path), hint=hint)
 
 

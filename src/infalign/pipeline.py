@@ -88,7 +88,7 @@ class Pipeline:
             return self._follow()
         self._only = only
         self.check()
-        self.folder = RunFolder(self.out, self.recipe.name)
+        self.folder = RunFolder(self.out, self.recipe.name, self.reporter.say)
         do = (self._rollout, self._calibrate, self._train, self._evaluate, self._report)
         last = len(GROUPS) if only is None else GROUPS.index(only) + 1
         result: dict[str, Any] = {}
@@ -141,6 +141,7 @@ class Pipeline:
             },
             ["rollouts/reference"],
             partial(rollout.draw_reference, run),
+            files=["rollouts/reference/manifest.json", "rollouts/reference/rollouts"],
             title=f"Draw {counted(recipe.rollouts.num_ref, 'reference rollout')} per prompt",
         )
         self._stage(
@@ -149,6 +150,7 @@ class Pipeline:
             {"rollouts": self._print_of("rollouts"), "reward": self._reward},
             [],  # rewards lie beside the rollouts, one column set per source: nothing to put aside
             partial(rollout.score_reference, run),
+            files=["rollouts/reference/rewards"],
             title="Score the reference rollouts",
         )
         if self._only != "rollout":
@@ -286,6 +288,7 @@ class Pipeline:
                 },
                 [f"policies/{name}"],
                 partial(self._align, planned),
+                files=[f"policies/{name}/{part}" for part in ("model", "result.json", "steps.jsonl")],
                 title=f"Align ({name})",
             )
             result = run.read_json(f"policies/{name}/result.json")
@@ -375,6 +378,7 @@ class Pipeline:
                 {"rollouts": drawn, "reward": open_reward(gold).key},
                 [],  # scores lie beside the rollouts, one column set per source: nothing to put aside
                 partial(evaluate.score_gold, run, gold),
+                files=[f"rollouts/evaluation-{name}/rewards" for name in models],
                 title=f"Score by gold reward ({gold.label})",
             )
         self._stage(
@@ -468,13 +472,19 @@ class Pipeline:
         work: Callable[[Progress], object],
         *,
         title: str | None = None,
+        files: list[str] | None = None,
     ) -> None:
-        """Do one stage unless it is done; of a group that was not asked for, only make sure that it is done."""
+        """Do one stage unless it is done; of a group that was not asked for, only make sure that it is done.
+
+        `outputs` belong to the settings, and are put aside when those change; `files` must be whole for the stage to be
+        done, and are the outputs if not given.
+        """
+        files = outputs if files is None else files
         title = title or name.capitalize()
         if self._only is not None and group != self._only:
             self.folder.require(name, settings, f"infalign {group} RECIPE")
             return
-        if not self.folder.begin(name, settings, outputs):
+        if not self.folder.begin(name, settings, outputs, files):
             self.reporter.say(f"{title}: done before")
             return
         started = time.monotonic()
@@ -490,9 +500,9 @@ class Pipeline:
                 where=str(self.out),
                 hint="Make room or permissions; the same command goes on from here",
             ) from error
-        self.folder.finish(name, time.monotonic() - started)
+        self.folder.finish(name, time.monotonic() - started, files)
 
     def _print_of(self, stage: str) -> str:
         stamp = self.folder.stamp(stage)
         assert stamp is not None, f"{stage} comes earlier"
-        return stamp.fingerprint
+        return stamp.print

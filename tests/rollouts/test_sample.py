@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from infalign.data import Prompt
-from infalign.errors import InputError, MismatchError
+from infalign.errors import InputError, MismatchError, StorageError
 from infalign.rollouts.decode import decode, draw_tokens, uniforms
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.logprobs import log_ratios, sequence_logprobs
@@ -320,3 +320,59 @@ def test_an_empty_response_has_logprob_zero(words):
     assert sequence_logprobs(words.model, words.tokenizer, [[2], [2]], [[], [1]])[0] == 0.0
     with pytest.raises(InputError, match="prompt 0 has no tokens"):
         sequence_logprobs(words.model, words.tokenizer, [[]], [[1]])
+
+
+def test_ctrl_c_in_a_batch_keeps_the_responses_that_had_ended(tmp_path, words):
+    whole, part = (open_store(tmp_path / name, words, max_new_tokens=12) for name in ("whole", "part"))
+    prompts = [Prompt("a"), Prompt("b c")]
+    sample(words.model, words.tokenizer, prompts, 256, store=whole)
+    calls = iter(range(100))
+
+    def press(*_):
+        if next(calls) == 4:  # the prompts, and three tokens
+            raise KeyboardInterrupt
+
+    hook = words.model.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        sample(words.model, words.tokenizer, prompts, 256, store=part)  # one batch of 512 rows
+    hook.remove()
+    kept = part.table().to_pylist()
+    expected = [row for row in whole.table().to_pylist() if row["finish_reason"] == "stop" and row["num_tokens"] <= 4]
+    assert len(kept) == len(expected) > 100
+    drawn = sample(words.model, words.tokenizer, prompts, 256, store=part)
+    assert drawn == 512 - len(kept)
+    ids = [prompt.id for prompt in prompts]
+    for column in ("token_ids", "text", "finish_reason"):
+        assert part.lists_PK(column, ids, 256) == whole.lists_PK(column, ids, 256)
+
+
+def test_rewards_of_rollouts_that_are_gone_go_with_them(tmp_path, words):
+    """What is drawn in their place may be another text, at a server."""
+    store = open_store(tmp_path / "store", words)
+    prompts = [Prompt("a"), Prompt("b c")]
+    ids = [prompt.id for prompt in prompts]
+    for part in prompts:
+        sample(words.model, words.tokenizer, [part], 3, store=store)
+    store.append_rewards(
+        "length", [one for one in ids for _ in range(3)], [0, 1, 2] * 2, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    )
+    (tmp_path / "store" / "rollouts" / "000000.parquet").unlink()
+    store.forget_missing()
+    left = RolloutStore.read(tmp_path / "store").rewards("length").to_pylist()
+    assert [(row["prompt_id"], row["index"], row["reward"]) for row in left] == [
+        (ids[1], index, reward) for index, reward in enumerate([4.0, 5.0, 6.0])
+    ]
+
+
+def test_a_changed_byte_in_a_shard_is_an_error(tmp_path, words):
+    store = open_store(tmp_path / "store", words)
+    sample(words.model, words.tokenizer, [Prompt("a")], 64, store=store)
+    shard = tmp_path / "store" / "rollouts" / "000000.parquet"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"stop")
+    content[place] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(StorageError, match=r"000000\.parquet: .*Delete this one file and give the same command again"):
+        store.table()
+    shard.unlink()
+    assert sample(words.model, words.tokenizer, [Prompt("a")], 64, store=store) == 64

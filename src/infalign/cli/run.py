@@ -68,8 +68,8 @@ def execute(
         return
     try:
         result = pipeline.run(only)
-    except KeyboardInterrupt:
-        reporter.say("Stopped; the same command goes on from here.")
+    except KeyboardInterrupt as stopped:
+        reporter.say(str(stopped) or "Stopped; the same command goes on from here.")
         raise typer.Exit(130) from None
     processes.leave()
     if processes.is_main():

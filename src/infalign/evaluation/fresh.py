@@ -17,6 +17,7 @@ from infalign.evaluation.measure import measure
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
 from infalign.files import write_text
+from infalign.inventory import read_sealed, sealed
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.progress import Progress
@@ -51,10 +52,9 @@ def exact_kls(
     """
     path = store.path / KL_FILE
     about = {"reference": reference, "prompt_ids": prompts.ids, "num_samples": num_samples}
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if {name: kept.get(name) for name in about} == about:
-            return np.array(kept["exact_kl_PG"])
+    kept = read_sealed(path)  # what is damaged is computed again
+    if kept is not None and {name: kept.get(name) for name in about} == about:
+        return np.array(kept["exact_kl_PG"])
     policy, reference_policy = load()
     token_ids_PG = store.lists_PK("token_ids", prompts.ids, num_samples)
     ref_token_ids_PK = None
@@ -64,7 +64,7 @@ def exact_kls(
         reference_policy, list(prompts), token_ids_PG, ref_token_ids_PK=ref_token_ids_PK, progress=progress
     )
     content = about | {"log_ratios_PG": ratios.log_ratios_PG.tolist(), "exact_kl_PG": ratios.exact_kl_PG.tolist()}
-    write_text(path, json.dumps(content))
+    write_text(path, json.dumps(sealed(content)))
     return ratios.exact_kl_PG
 
 
@@ -149,9 +149,10 @@ def with_record(result: MethodResult, model: str | Path, store: RolloutStore) ->
     fit = read_fit(model)
     if fit is None:
         return result
-    acceptance, tokens = None, result.mean_length
-    if (store.path / TRIES).exists():
-        tries = json.loads((store.path / TRIES).read_text(encoding="utf-8"))
+    reshaping = fit.get("reshaping")
+    is_mixture = isinstance(reshaping, dict) and reshaping.get("kind") == "mixture"
+    acceptance, tokens = None, result.mean_length if is_mixture else None
+    if (tries := read_sealed(store.path / TRIES)) is not None:
         # Of tries that were drawn ahead more than one may be accepted, and one is delivered.
-        acceptance, tokens = tries["acceptance"], tries["tokens"] / len(store)
+        acceptance, tokens = tries["acceptance"], tries["tokens"] / (tries.get("delivered") or len(store))
     return replace(result, reshaped=ReshapedRecord.of_fit(fit, acceptance=acceptance, tokens=tokens))

@@ -11,6 +11,7 @@ from typing import Any
 
 from infalign.errors import InputError, StorageError
 from infalign.evaluation.results import MethodResult, Predictability
+from infalign.inventory import require_whole
 
 FILE = "evaluation.json"
 _OLD = "Evaluate again with the same command: what was drawn and scored is kept"
@@ -97,17 +98,18 @@ class Evaluation:
             folder: The folder of a run or of an evaluation.
 
         Raises:
-            StorageError: If there is none.
-            InputError: If it is damaged or of an earlier version.
+            StorageError: If there is none, or it is damaged.
+            InputError: If it is of an earlier version.
         """
         path = Path(folder) / FILE
+        require_whole(folder, ["evaluation"])
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise StorageError(
                 "there is no finished evaluation here", where=str(folder), hint="Run `infalign evaluate` first"
             ) from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StorageError(f"the evaluation cannot be read ({error})", where=str(path), hint=_OLD) from error
         return cls.from_dict(data, str(path))
 

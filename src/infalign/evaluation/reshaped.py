@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infalign.inventory import read_object
 from infalign.reshape import Reshaping
 from infalign.reshape.reshaping import Predicted, Predictions
 
@@ -104,4 +104,4 @@ def read_fit(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     # Fits of earlier versions do not say of which method they are.
-    return {"method": path.resolve().parent.parent.name, **json.loads(path.read_text(encoding="utf-8"))}
+    return {"method": path.resolve().parent.parent.name, **read_object(path, "Reshape again, or run the recipe again")}

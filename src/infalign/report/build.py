@@ -11,10 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from infalign.calibration import RewardCalibrator
+from infalign.errors import StorageError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.record import Evaluation
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
+from infalign.inventory import read_object, require_whole
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, write_page, write_report
@@ -22,6 +24,7 @@ from infalign.report.words import cautions, predictability_lines, verdict
 from infalign.rollouts.store import RolloutStore
 
 SAMPLE_PROMPTS = 100
+_AGAIN = "Give the command again that made this folder: what is whole is kept, the rest is made again"
 
 
 def build_report(out: Path, form: Literal["html", "md", "json"] = "html") -> tuple[Path, dict[str, Any]]:
@@ -39,6 +42,7 @@ def build_report(out: Path, form: Literal["html", "md", "json"] = "html") -> tup
         InputError: If the evaluation is of an earlier version, or a rollout is missing.
     """
     evaluation = Evaluation.read(out)
+    require_whole(out, ["prompts", "plan", "evaluation-*"])
     content = evaluation.to_dict()
     path = out / f"report.{form}"
     if form == "html":
@@ -63,8 +67,8 @@ def build_report(out: Path, form: Literal["html", "md", "json"] = "html") -> tup
 def report_data(out: Path, evaluation: Evaluation) -> ReportData:
     """What a report shows of the evaluation in a folder; errors as in `build_report`."""
     results, procedure = evaluation.results, procedure_from_dict(evaluation.procedure)
-    plan = _read(out / "plan.json") if (out / "plan.json").exists() else None
-    prompts = [json.loads(line) for line in _lines(out / "prompts" / "evaluation.jsonl")]
+    plan = read_object(out / "plan.json", _AGAIN) if (out / "plan.json").exists() else None
+    prompts = _records(out / "prompts" / "evaluation.jsonl")
     ids = [prompt["id"] for prompt in prompts]
     labels = ["reference", *(result.label for result in results)]
     count = results[0].num_samples
@@ -160,13 +164,12 @@ def _samples(
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines that end with a newline and nothing else: text may hold other characters that Unicode counts as ends."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Rows of a JSON Lines file. Only a newline ends one: Unicode counts more characters as ends."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line]
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError("the file cannot be read, or is damaged", where=str(path), hint=_AGAIN) from error
+    if not all(isinstance(record, dict) for record in records):
+        raise StorageError("the file is damaged", where=str(path), hint=_AGAIN)
+    return records

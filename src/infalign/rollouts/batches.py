@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError
-from infalign.rollouts.decode import decode, uniforms
+from infalign.rollouts.decode import Continuation, DrawingStopped, decode, uniforms
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
@@ -92,6 +92,8 @@ def draw_all(
 ) -> Iterator[dict[str, list[Any]]]:
     """Draw all of `missing` in batches that fit in memory; yields each batch as rows for the store.
 
+    Stopped by Ctrl-C within a batch, it still yields the rows that had ended.
+
     Args:
         model: The policy, in evaluation mode.
         tokenizer: Its tokenizer.
@@ -110,6 +112,9 @@ def draw_all(
         try:
             with active():
                 new = draw_batch(model, tokenizer, batch, end_tokens, key)
+        except _BatchStopped as stopped:
+            yield stopped.rows
+            raise KeyboardInterrupt from None
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -139,15 +144,35 @@ def draw_batch(
 ) -> dict[str, list[Any]]:
     """Draw a batch: rows for the store, decided by (seed, prompt, index) whoever draws them."""
     pairs = [(one, index) for one in batch for index in one.indices]
-    drawn_B = decode(
-        model,
-        [one.tokens for one in batch],
-        np.repeat(np.arange(len(batch)), [len(one.indices) for one in batch]),
-        np.stack([uniforms(key.seed, one.decided_by, index, key.max_new_tokens) for one, index in pairs]),
-        end_tokens=end_tokens,
-        temperature=key.temperature,
-        top_p=key.top_p,
-    )
+    try:
+        drawn_B = decode(
+            model,
+            [one.tokens for one in batch],
+            np.repeat(np.arange(len(batch)), [len(one.indices) for one in batch]),
+            np.stack([uniforms(key.seed, one.decided_by, index, key.max_new_tokens) for one, index in pairs]),
+            end_tokens=end_tokens,
+            temperature=key.temperature,
+            top_p=key.top_p,
+        )
+    except DrawingStopped as stopped:
+        finished = stopped.finished
+        if not finished:
+            raise
+        raise _BatchStopped(_as_rows(tokenizer, [pairs[b] for b in finished], list(finished.values()))) from None
+    return _as_rows(tokenizer, pairs, drawn_B)
+
+
+class _BatchStopped(KeyboardInterrupt):
+    """Ctrl-C while a batch was drawn, of which some rows had ended."""
+
+    def __init__(self, rows: dict[str, list[Any]]) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+def _as_rows(
+    tokenizer: Any, pairs: Sequence[tuple[Missing, int]], drawn_B: Sequence[Continuation]
+) -> dict[str, list[Any]]:
     # The end token is no text, whether or not the tokenizer counts it among its special ones.
     shown = [one.token_ids[:-1] if one.ended else one.token_ids for one in drawn_B]
     return {

@@ -19,7 +19,8 @@ from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.batches import ROWS_ON_CPU, Missing, draw_batch, missing_rollouts, require_fit, take_batch
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.models import adapter_base, load_policy, load_tokenizer
+from infalign.rollouts.models import load_policy, load_tokenizer
+from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.progress import Progress, no_progress
 from infalign.rollouts.store import ROLLOUT_SCHEMA, RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids

@@ -37,6 +37,18 @@ class Continuation:
     ended: bool
 
 
+class DrawingStopped(KeyboardInterrupt):
+    """Ctrl-C while responses were drawn.
+
+    Attributes:
+        finished: The responses that had ended by themselves, by their row.
+    """
+
+    def __init__(self, finished: dict[int, Continuation]) -> None:
+        super().__init__()
+        self.finished = finished
+
+
 def uniforms(seed: int, prompt_id: str, index: int, count: int) -> NDArray[np.float64]:
     """The numbers in [0, 1) that decide rollout `index` of a prompt, one per token."""
     digest = hashlib.blake2b(f"{seed}\0{prompt_id}\0{index}".encode(), digest_size=16).digest()
@@ -70,6 +82,9 @@ def decode(
 
     Returns:
         One continuation per row.
+
+    Raises:
+        DrawingStopped: By Ctrl-C, with the rows that had ended.
     """
     device = model.device
     num_rows, max_new_tokens = uniforms_BT.shape
@@ -115,38 +130,45 @@ def decode(
     count_B = torch.zeros(num_rows, dtype=torch.long, device=device)
     logprob_B = torch.zeros(num_rows, dtype=torch.float64, device=device)
     ended_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    with nullcontext() if shared is None else shared.used_by(model):
-        for t in range(max_new_tokens):
-            token_B, step_logprob_B = draw_tokens(logits_BV, noise_BT[live_B, t], temperature, top_p)
-            tokens_BT[live_B, t] = token_B
-            logprob_B[live_B] += torch.where(running_B, step_logprob_B, 0.0)
-            count_B[live_B] += running_B
-            stops_B = running_B & torch.isin(token_B, ends)
-            ended_B[live_B] |= stops_B
-            running_B = running_B & ~stops_B
-            num_running = int(running_B.sum())
-            if num_running == 0 or t == max_new_tokens - 1:
-                break
-            # Dropping rows copies the cache: worth it once an eighth of them is idle.
-            if num_running <= 0.875 * running_B.numel():
-                keep = running_B.nonzero().squeeze(-1)
-                if shared is None:
-                    _keep_rows(cache, keep)
-                else:
-                    shared.keep_rows(keep)
-                live_B, token_B, lengths_B, mask_BL = live_B[keep], token_B[keep], lengths_B[keep], mask_BL[keep]
-                running_B = running_B[keep]
-            logits_BV = model(
-                input_ids=token_B[:, None],
-                attention_mask=mask_BL[:, : longest + t + 1] if padded and shared is None else None,
-                position_ids=(lengths_B + t)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+    stopped = False
+    try:
+        with nullcontext() if shared is None else shared.used_by(model):
+            for t in range(max_new_tokens):
+                token_B, step_logprob_B = draw_tokens(logits_BV, noise_BT[live_B, t], temperature, top_p)
+                tokens_BT[live_B, t] = token_B
+                logprob_B[live_B] += torch.where(running_B, step_logprob_B, 0.0)
+                count_B[live_B] += running_B
+                stops_B = running_B & torch.isin(token_B, ends)
+                ended_B[live_B] |= stops_B
+                running_B = running_B & ~stops_B
+                num_running = int(running_B.sum())
+                if num_running == 0 or t == max_new_tokens - 1:
+                    break
+                # Dropping rows copies the cache: worth it once an eighth of them is idle.
+                if num_running <= 0.875 * running_B.numel():
+                    keep = running_B.nonzero().squeeze(-1)
+                    if shared is None:
+                        _keep_rows(cache, keep)
+                    else:
+                        shared.keep_rows(keep)
+                    live_B, token_B, lengths_B, mask_BL = live_B[keep], token_B[keep], lengths_B[keep], mask_BL[keep]
+                    running_B = running_B[keep]
+                logits_BV = model(
+                    input_ids=token_B[:, None],
+                    attention_mask=mask_BL[:, : longest + t + 1] if padded and shared is None else None,
+                    position_ids=(lengths_B + t)[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+    except KeyboardInterrupt:
+        stopped = True  # a row that is marked as ended is complete: the mark is set last
 
     counts, logprobs, ended = count_B.tolist(), logprob_B.tolist(), ended_B.tolist()
     rows = tokens_BT.cpu().numpy()
-    return [Continuation(rows[b, : counts[b]].tolist(), logprobs[b], ended[b]) for b in range(num_rows)]
+    drawn = [Continuation(rows[b, : counts[b]].tolist(), logprobs[b], ended[b]) for b in range(num_rows)]
+    if stopped:
+        raise DrawingStopped({b: one for b, one in enumerate(drawn) if one.ended})
+    return drawn
 
 
 def draw_tokens(

@@ -11,6 +11,8 @@ from typing import Any
 
 from infalign.errors import InputError, MismatchError
 from infalign.hub import require_model
+from infalign.inventory import read_object
+from infalign.rollouts.moved import ADAPTER, adapter_base
 from infalign.rollouts.policy_file import read_policy_file
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -160,17 +162,14 @@ def _hash_folder(folder: Path) -> str:
     for path in weights:
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", ADAPTER):
         if (folder / name).exists():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = read_object(folder / name, "Copy this model folder again")
             for key in _NOT_THE_MODEL:
                 config.pop(key, None)
             digest.update(json.dumps(config, sort_keys=True).encode())
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base:
-            digest.update(model_fingerprint(base).encode())
+    if (folder / ADAPTER).exists():
+        digest.update(model_fingerprint(adapter_base(folder)).encode())
     return digest.hexdigest()[:32]
 
 

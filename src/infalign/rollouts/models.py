@@ -18,8 +18,9 @@ from transformers import (
 
 from infalign.errors import InputError
 from infalign.hub import require_model
-from infalign.rollouts.adapters import adapter_config, is_adapter, num_outputs, put_on
+from infalign.rollouts.adapters import is_adapter, num_outputs, put_on
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
+from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.policy_file import read_policy_file
 from infalign.wording import counted
 
@@ -183,11 +184,6 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
             where=where,
             hint="Give a model of this kind: a policy has a language-model head, a reward model a score head",
         )
-
-
-def adapter_base(model: str | Path) -> str:
-    """The name of the model that an adapter folder adapts; any other name as it is."""
-    return adapter_config(model)["base_model_name_or_path"] if is_adapter(model) else str(model)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,8 @@ from infalign.errors import InputError
 from infalign.rollouts.adapters import EMBEDDINGS, adapter_weights, put_on
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.mixture import MixturePolicy
-from infalign.rollouts.models import adapter_base, load_policy, load_tokenizer
+from infalign.rollouts.models import load_policy, load_tokenizer
+from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.policy import Adapter, LocalPolicy, Policy
 from infalign.rollouts.policy_file import MIXTURE, RESHAPED, PolicyFile, read_policy_file, write_policy_file
 from infalign.rollouts.reshaped import ReshapedPolicy

@@ -11,6 +11,7 @@ from typing import Any
 
 from infalign.errors import InputError
 from infalign.files import write_json
+from infalign.rollouts.moved import found_after_move
 
 NAME = "policy.json"
 MIXTURE, RESHAPED = "mixture", "reshaped"
@@ -96,12 +97,12 @@ def _weights(content: Mapping[str, Any]) -> list[float]:
 
 
 def _found(folder: Path, named: object) -> str:
-    """A path relative to the file's folder where there is such a folder; else the name as it is."""
+    """A path relative to the file's folder, or where it is since a move, if such a folder is there; else the name."""
     if not isinstance(named, str) or not named.strip() or not named.isprintable():
         raise ValueError(f"{named!r} names no model")
     there = folder / named
     if not there.is_dir():
-        return named
+        return found_after_move(folder, named)
     if (there / NAME).is_file():  # perhaps this very folder, without end
         raise ValueError(f"{named!r} is a policy of several models itself")
     return str(there.resolve())

@@ -14,6 +14,7 @@ import numpy as np
 from infalign.data import Prompt
 from infalign.errors import InfalignError, InputError
 from infalign.files import write_text
+from infalign.inventory import read_sealed, sealed
 from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
@@ -210,11 +211,11 @@ class ReshapedPolicy(Policy):
         progress: Progress | None = None,
     ) -> int:
         """As `Policy.draw`; what it took is added to `tries.json` in the store's folder."""
-        before = replace(self.total)
+        before, there = replace(self.total), len(store)
         try:
             return super().draw(prompts, num_samples, store=store, batch_size=batch_size, progress=progress)
         finally:
-            _add_tries(store.path / TRIES, before, self.total)
+            _add_tries(store.path / TRIES, before, self.total, len(store) - there)
 
     def _accepted(
         self, asked: Mapping[str, _Asked], part: int, rows: Rows, seed: int
@@ -397,16 +398,20 @@ def _taken(asked: Mapping[str, _Asked], held: dict[tuple[str, int], tuple[int, R
     yield {name: [value for row in rows for value in row[name]] for name in rows[0]}
 
 
-def _add_tries(path: Path, before: Tries, after: Tries) -> None:
-    """Add what was counted between two moments to a file."""
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _add_tries(path: Path, before: Tries, after: Tries, delivered: int) -> None:
+    """Add what was counted between two moments, and the responses that came of it, to a file.
+
+    Tries of a process that was killed are not counted, and neither are the responses that it delivered.
+    """
+    kept = read_sealed(path) or {}  # of a damaged count neither the tries nor what came of them count
     content = {
         name: kept.get(name, 0) + getattr(after, name) - getattr(before, name)
         for name in ("tries", "accepted", "tokens")
     }
+    content["delivered"] = kept.get("delivered", 0) + delivered
     if content["tries"]:
         content["acceptance"] = content["accepted"] / content["tries"]
-        write_text(path, json.dumps(content))
+        write_text(path, json.dumps(sealed(content)))
 
 
 def _relative(logprob_CB: Float) -> Float:

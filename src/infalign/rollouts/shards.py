@@ -8,9 +8,10 @@ file lock that the system itself releases when a process dies; readers need no l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,7 +56,8 @@ class ShardLog:
                 tables.append(_read_shard(shard, schema))
             except (OSError, pa.ArrowException) as error:
                 raise StorageError(f"the shard cannot be read ({error})", where=str(shard),
-                                   hint="Delete this one file: what it held is drawn again") from error  # fmt: skip
+                                   hint="Delete this one file and give the same command again: "
+                                        "what it held is made again") from error  # fmt: skip
         return pa.concat_tables(tables)
 
     @contextmanager
@@ -91,12 +93,30 @@ class ShardLog:
             number = int(shards[-1].stem) + 1 if shards else 0
             final = self.folder / f"{number:06d}.parquet"
             try:
-                write_file(final, lambda file: pq.write_table(table.cast(self.schema), file))
+                write_file(final, lambda file: _write_shard(table.cast(self.schema), file))
             except pa.ArrowException as error:
                 raise StorageError(f"cannot be written ({error})", where=str(final), hint=HINT) from error
             return final
 
+    def keep_only(self, wanted: Callable[[pa.Table], pa.ChunkedArray | pa.Array]) -> None:
+        """Rewrite the table without the rows for which `wanted` is false; killed on the way, it may hold rows twice.
+
+        Raises:
+            StorageError: A shard cannot be read, or the folder cannot be written.
+        """
+        with self.writing():
+            before, table = self.shards, self.read()
+            kept = table.filter(wanted(table))
+            if kept.num_rows < table.num_rows:
+                self.append(kept)
+                for shard in before:
+                    shard.unlink()
+
 
 def _read_shard(shard: Path, schema: pa.Schema) -> pa.Table:
-    with pq.ParquetFile(shard) as file:
+    with pq.ParquetFile(shard, page_checksum_verification=True) as file:
         return file.read(columns=schema.names).cast(schema)
+
+
+def _write_shard(table: pa.Table, file: BinaryIO) -> None:
+    pq.write_table(table, file, write_page_checksum=True)  # a changed byte is an error, not another reward

@@ -12,7 +12,6 @@ Rollout `index` of a prompt is 0..K−1. Any Parquet reader can read it; `datase
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.files import write_json
+from infalign.inventory import read_object
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.shards import ShardLog
 from infalign.wording import counted
@@ -59,6 +59,7 @@ COMPUTED_SCHEMA = pa.schema(
 )
 _arrow: Any = vars(pc)  # pyarrow makes these functions at run time, unseen by type checkers
 _FORMAT = 1
+_AGAIN = "Run its recipe again, or remove this store: what it held is drawn again"
 _MANIFEST = "manifest.json"
 
 
@@ -105,8 +106,8 @@ class RolloutStore:
                                where=str(manifest))  # fmt: skip
         try:
             stored_key = RolloutKey(**stored["key"])
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"the manifest is damaged ({error})", where=str(manifest)) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError("the manifest is damaged", where=str(manifest), hint=_AGAIN) from error
         if key is not None:
             key.require_same(stored_key, str(folder))
         return cls(folder, stored_key)
@@ -194,6 +195,18 @@ class RolloutStore:
         with self._computed.writing():
             self._computed.append(pa.table(dict(rows), schema=COMPUTED_SCHEMA))
 
+    def forget_missing(self) -> None:
+        """Drop the rewards and computed columns of rollouts that are gone: what is drawn instead may be another text.
+
+        Raises:
+            StorageError: A file cannot be read or written.
+        """
+        there = pa.array(_pair_keys(self._log.read(["prompt_id", "index"])), pa.string())
+        rewards = [ShardLog(path, REWARD_SCHEMA) for path in sorted(self.path.glob("rewards/*/"))]
+        for log in (self._computed, *rewards):
+            if log.shards:
+                log.keep_only(lambda table: _arrow["is_in"](pa.array(_pair_keys(table), pa.string()), value_set=there))
+
     def dataset(self) -> Dataset:
         """All rollouts as a Hugging Face `Dataset`, with a column `reward_<source>` for each reward source."""
         from datasets import Dataset
@@ -246,7 +259,7 @@ class RolloutStore:
         folder = self.path / "rewards"
         if not folder.is_dir():
             return []
-        return sorted(_read_json(path)["key"] for path in folder.glob("*/source.json"))
+        return sorted(_read_source(path)["key"] for path in folder.glob("*/source.json"))
 
     @contextmanager
     def writing_rewards(self, source_key: str, description: Mapping[str, Any] | None = None) -> Iterator[None]:
@@ -263,7 +276,7 @@ class RolloutStore:
             if not path.exists():
                 write_json(path, wanted)
             elif description is not None:
-                there = _read_json(path)["description"]
+                there = _read_source(path)["description"]
                 different = [f"{name} was {there.get(name)!r} and is now {wanted['description'].get(name)!r}"
                              for name in sorted({*there, *wanted["description"]})
                              if there.get(name) != wanted["description"].get(name)]  # fmt: skip
@@ -424,8 +437,12 @@ def _make_folder(folder: Path) -> None:
         raise StorageError(f"the folder cannot be made ({error})", where=str(folder)) from error
 
 
+def _read_source(path: Path) -> dict[str, Any]:
+    content = _read_json(path)
+    if not isinstance(content.get("key"), str) or not isinstance(content.get("description"), dict):
+        raise StorageError("the file is damaged", where=str(path), hint=_AGAIN)
+    return content
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"the file cannot be read ({error})", where=str(path)) from error
+    return read_object(path, _AGAIN)

@@ -13,6 +13,7 @@ from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt, PromptSet
 from infalign.errors import InputError, StorageError
+from infalign.inventory import read_object, require_whole, run_again
 from infalign.recipe import Recipe, num_kept
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.opening import open_policies, open_policy
@@ -141,8 +142,12 @@ class Run:
         return RolloutStore.open(self.out / "rollouts" / folder)
 
     def read_json(self, name: str) -> Any:
-        """A JSON file of this run."""
-        return json.loads((self.out / name).read_text(encoding="utf-8"))
+        """A JSON file of this run.
+
+        Raises:
+            StorageError: If it is missing or damaged.
+        """
+        return read_object(self.out / name, hint=run_again(self.out))
 
     def pair(self, model: str) -> tuple[Policy, Policy]:
         """A policy and the reference, in memory once where one is an adapter on the other."""
@@ -171,7 +176,7 @@ def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: boo
         rewards: Whether its rewards are going to be opened.
 
     Raises:
-        StorageError: If the folder does not hold one.
+        StorageError: If the folder does not hold one, or what it holds is damaged.
         InputError: If its recipe is of another version, or would do what it is not allowed.
     """
     folder = Path(run_folder)
@@ -188,6 +193,7 @@ def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: boo
             where=str(folder),
             hint="Do `infalign calibrate` with its recipe first; what is done already is kept",
         )
+    require_whole(folder, ["prompts", "calibration", "procedure", "plan"])
     recipe = read_recipe(folder)
     sections = [*policy_sections(recipe), *(reward_sections(recipe) if rewards else ())]
     (trust or Trust()).require(sections, folder)
@@ -231,8 +237,13 @@ def read_prompts(run_folder: Path, side: str) -> PromptSet:
         raise StorageError(
             f"the run's prompts cannot be read ({error.strerror})", where=str(path), hint="Is this a run folder?"
         ) from error
-    rows = [json.loads(line) for line in lines if line]
-    return PromptSet(tuple(Prompt(row["prompt"], row["row"], rendered_at=row.get("rendered_at")) for row in rows))
+    except UnicodeDecodeError as error:
+        raise StorageError("the run's prompts are damaged", where=str(path), hint=run_again(run_folder)) from error
+    try:
+        rows = [json.loads(line) for line in lines if line]
+        return PromptSet(tuple(Prompt(row["prompt"], row["row"], rendered_at=row.get("rendered_at")) for row in rows))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError("the run's prompts are damaged", where=str(path), hint=run_again(run_folder)) from error
 
 
 def prompt_lines(prompts: Sequence[Prompt]) -> str:

@@ -13,6 +13,7 @@ from infalign.run_rewards import scored_by_all
 from infalign.stages.card import write_card
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.run import Run
+from infalign.training.checkpoints import resuming
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss
 from infalign.training.methods import baseline_loss, solver_loss
@@ -36,6 +37,9 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
         "allow_pickle": recipe.policy.allow_pickle,
         "progress": progress,
     }
+    if processes.is_main():
+        for told in resuming(out, training.steps):
+            run.say(f"  {told}")
     if planned.trains_online(training.solver):
         reward = run.transformed_reward(planned, mixture_weight=planned.mixture_weight)
         landing = align(run.reference, out, prompts[kept:], reward, **common, **training.online).landing

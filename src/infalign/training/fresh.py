@@ -75,16 +75,21 @@ class FreshRollouts(TrainerCallback):
             self.reward.transform.restart()  # a stopped training takes in its rounds again, in order
         data.refresh_every(self.every)
 
-    def restore(self, step: int) -> None:
-        """Take in the rounds that were drawn before a checkpoint at this step."""
+    def restore(self, step: int, steps: int) -> None:
+        """Take in the rounds that were drawn before a checkpoint at this step, of a training of so many steps."""
         for window in range(1, (step + 1) // self.every + 1):
-            self._add(window, None)
+            if self._is_drawn(window, steps):
+                self._add(window, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Draw the next window's round where it is time to."""
         window, left = divmod(state.global_step + 1, self.every)
-        if left == 0 and window * self.every < state.max_steps:
+        if left == 0 and self._is_drawn(window, state.max_steps):
             self._add(window, model)
+
+    def _is_drawn(self, window: int, steps: int) -> bool:
+        """Whether any step is left to use this window's round."""
+        return window * self.every < steps
 
     def _add(self, window: int, policy: Any) -> None:
         prompts = self._round_prompts(window)

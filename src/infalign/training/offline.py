@@ -7,7 +7,6 @@ not matter.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.processes import is_main, join
 from infalign.rollouts.progress import Progress
+from infalign.training.checkpoints import FRESH
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import Examples, OfflineLoss
 from infalign.training.offline_trainer import OfflineStep, OfflineTrainer, Recorder
@@ -107,7 +107,7 @@ def align_offline(
         TrainingError: If the loss stops being finite, or the device runs out of memory.
     """
     join()
-    if (finished := read_result(out, OfflineStep)) is not None:
+    if (finished := read_result(out, OfflineStep, keep_checkpoints)) is not None:
         return finished
     if fresh is not None and not loss.any_distribution:
         raise InputError(f"{loss.label} needs draws of the reference, fresh rollouts are the policy's",
@@ -132,9 +132,7 @@ def align_offline(
     data = ExampleStream(pool, made, tokenizer, steps=steps, per_step=per_step, seed=seed)
     if fresh is not None:
         frozen, _ = reference.load()
-        fresh.begin(
-            out / "fresh", frozen, tokenizer, pool.prompts, loss, data, max_new_tokens=max_new_tokens, seed=seed
-        )
+        fresh.begin(out / FRESH, frozen, tokenizer, pool.prompts, loss, data, max_new_tokens=max_new_tokens, seed=seed)
     shows_kl = examples is None and made.rollouts_NM.shape[1] == 1  # otherwise they are no draws of the reference
     recorder = Recorder(loss, out / "steps.jsonl", steps, fresh, shows_kl, progress)
     callbacks: list[TrainerCallback] = [recorder] if fresh is None else [fresh, recorder]
@@ -148,7 +146,6 @@ def align_offline(
         landing = land_saved(out / "model", reference, where, kl_budget, max_new_tokens=max_new_tokens, seed=seed)
     result = AlignmentResult(out / "model", loss.beta, recorder.steps, landing)
     write_result(out, result, keep_checkpoints)
-    shutil.rmtree(out / "fresh", ignore_errors=True)
     return result
 
 

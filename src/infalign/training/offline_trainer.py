@@ -17,9 +17,10 @@ from trl.trainer.utils import selective_log_softmax
 from infalign.errors import TrainingError
 from infalign.files import write_text
 from infalign.rollouts.progress import Progress
+from infalign.training.checkpoints import keep_state, read_state
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss
-from infalign.training.running import ADVICE, STATE, keep_state, quiet, refusing_settings
+from infalign.training.running import ADVICE, quiet, refusing_settings
 from infalign.training.stream import ExampleStream, collate
 
 
@@ -132,10 +133,10 @@ class Recorder(TrainerCallback):
     def restore(self, checkpoint: Path | None) -> None:
         """Go on from a checkpoint (or start afresh)."""
         if checkpoint is not None:
-            state = json.loads((checkpoint / STATE).read_text())
+            state = read_state(checkpoint)
             self.steps = [OfflineStep(**step) for step in state["steps"]]
             if self.fresh is not None:
-                self.fresh.restore(self.steps[-1].step)
+                self.fresh.restore(self.steps[-1].step, self.total_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """After each optimiser step."""

@@ -109,7 +109,7 @@ def align(
         TrainingError: If the loss or the KL stops being finite.
     """
     join()
-    if (finished := read_result(out, TrainingStep)) is not None:
+    if (finished := read_result(out, TrainingStep, keep_checkpoints)) is not None:
         return finished
     refuse_changed_objective(rloo or {})
     if not 0.0 <= anneal < 1.0:

@@ -6,6 +6,7 @@ What happens in a step is the solver's own: a Hugging Face `Trainer` and a callb
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,18 +17,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from infalign.data import Prompt
 from infalign.errors import InputError, TrainingError
 from infalign.files import refuse_file_links, remove, write_text
 from infalign.processes import is_main, wait_for_all
 from infalign.rollouts.models import load_policy
+from infalign.training.checkpoints import FOLDER, FRESH, KeepsLastStep, discard_damaged, last_checkpoint
 from infalign.training.landing import Landing, land
 
-STATE = "infalign_state.json"  # what a solver keeps beside the trainer's own checkpoint, written last
 ADVICE = "Lower training.learning_rate; the last checkpoint is kept"
 
+_log = logging.getLogger("infalign.training")
 Step = TypeVar("Step")
 
 
@@ -92,33 +93,6 @@ def refuse_adapter(policy: str | Path) -> None:
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; ones cut short while being written are skipped."""
-    while folder.is_dir():
-        newest = get_last_checkpoint(str(folder))
-        if newest is None:
-            return None
-        # Our own state is the last file written for a checkpoint.
-        if (Path(newest) / STATE).exists() and (Path(newest) / "trainer_state.json").exists():
-            return Path(newest)
-        shutil.rmtree(newest)
-    return None
-
-
-def keep_state(args: Any, state: Any, content: Mapping[str, Any]) -> None:
-    """Keep what a solver knows beside the trainer's own checkpoint of this step, which it marks as complete.
-
-    Args:
-        args: The trainer's arguments, as a callback's `on_save` gets them.
-        state: The trainer's state, likewise.
-        content: What to keep, JSON-able.
-    """
-    wait_for_all()  # each process writes a part of the checkpoint
-    checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    if state.is_world_process_zero and checkpoint.is_dir():
-        write_text(checkpoint / STATE, json.dumps(content))
-
-
 def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path | None], None]) -> None:
     """Train from the start or from the last complete checkpoint, and save the policy in `out/model`.
 
@@ -130,14 +104,24 @@ def train(trainer: Trainer, tokenizer: Any, out: Path, restore: Callable[[Path |
 
     Raises:
         TrainingError: As for `run_trainer`.
+        Interrupted: By Ctrl-C; the last finished step is kept.
     """
-    refuse_file_links(out / "checkpoints")
-    if is_main():  # it removes what was cut short
-        last_checkpoint(out / "checkpoints")
+    if is_main():  # it removes what is damaged or was cut short
+        for told in discard_damaged(out):
+            _log.warning(told)
+    refuse_file_links(out / FOLDER)
     wait_for_all()
-    checkpoint = last_checkpoint(out / "checkpoints")
+    checkpoint = last_checkpoint(out / FOLDER)
     restore(checkpoint)
-    run_trainer(trainer, checkpoint)
+    keeper = KeepsLastStep()
+    trainer.add_callback(keeper)
+    try:
+        with keeper.listening():
+            run_trainer(trainer, checkpoint)
+    except KeyboardInterrupt:
+        raise keeper.save(trainer, out) from None
+    if is_main():
+        shutil.rmtree(out / "model", ignore_errors=True)  # of an attempt that was killed while it saved
     wait_for_all()
     if is_main():  # so that nothing of another attempt, and no link, is written through
         remove(out / "model")
@@ -245,20 +229,31 @@ def write_result(out: Path, result: AlignmentResult[Any], keep_checkpoints: bool
         "steps": [asdict(step) for step in result.steps],
     }
     write_text(out / "result.json", json.dumps(content))
+    _tidy(out, keep_checkpoints)
+
+
+def _tidy(out: Path, keep_checkpoints: bool) -> None:
+    """Remove what only going on would need."""
     if not keep_checkpoints:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    for path in (out / "checkpoints").glob("checkpoint-*/*"):
-        if path.suffix in (".pt", ".pth", ".bin"):  # what only going on would need, in pickles: not part of a model
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+    for path in (out / FOLDER).glob("checkpoint-*/*"):
+        if path.suffix in (".pt", ".pth", ".bin"):  # what only going on would need, a pickle, and no part of a model
             path.unlink()
+    shutil.rmtree(out / FRESH, ignore_errors=True)
 
 
-def read_result(out: Path, step: Callable[..., Step]) -> AlignmentResult[Step] | None:
-    """What `write_result` wrote, with steps of this class; None if the training is unfinished."""
-    if not (out / "result.json").exists():
+def read_result(out: Path, step: Callable[..., Step], keep_checkpoints: bool) -> AlignmentResult[Step] | None:
+    """What `write_result` wrote, with steps of this class; None if the training is unfinished, or this is damaged."""
+    try:
+        content = json.loads((out / "result.json").read_text())
+        landing = None if content["landing"] is None else Landing(**content["landing"])
+        steps = [step(**one) for one in content["steps"]]
+        result = AlignmentResult(out / "model", float(content["beta"]), steps, landing)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    content = json.loads((out / "result.json").read_text())
-    landing = None if content["landing"] is None else Landing(**content["landing"])
-    return AlignmentResult(out / "model", content["beta"], [step(**one) for one in content["steps"]], landing)
+    if is_main():
+        _tidy(out, keep_checkpoints)  # whoever wrote it may have been killed before
+    return result
 
 
 def common_settings(*, steps: int, learning_rate: float, seed: int, save_steps: int) -> dict[str, Any]:

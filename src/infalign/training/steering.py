@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from infalign.errors import TrainingError
 from infalign.files import write_text
 from infalign.rollouts.progress import Progress
+from infalign.training.checkpoints import keep_state, read_state
 from infalign.training.kl_control import KLController
 from infalign.training.reward import TransformedReward
-from infalign.training.running import ADVICE, STATE, keep_state
+from infalign.training.running import ADVICE
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Steering(TrainerCallback):
         self.total_steps = total_steps
         self.progress = progress
         self.steps: list[TrainingStep] = []
+        self._of_last_step: dict[str, Any] = {}  # a step that Ctrl-C cuts short may have moved the reward's state
 
     def restore(self, checkpoint: Path | None) -> None:
         """Go on from a checkpoint (or start afresh)."""
         if checkpoint is not None:
-            state = json.loads((checkpoint / STATE).read_text())
+            state = read_state(checkpoint)
             self.reward.load_state(state["reward"])
             self.steps = [TrainingStep(**step) for step in state["steps"]]
             if self.controller is not None:
@@ -105,6 +107,7 @@ class Steering(TrainerCallback):
         )
         if self.controller is not None and self.reward.strength == 1.0:  # before that a smaller KL is as it should be
             self.reward.beta = self.controller.update(kl)
+        self._of_last_step = self._state()
         if state.is_world_process_zero:
             self._write_steps()
         if self.progress is not None:
@@ -116,12 +119,14 @@ class Steering(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Beside the trainer's own checkpoint."""
-        content = {
+        keep_state(args, state, self._of_last_step)
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "reward": self.reward.state(),
             "steps": [asdict(step) for step in self.steps],
             "controller": None if self.controller is None else self.controller.state(),
         }
-        keep_state(args, state, content)
 
     def _write_steps(self) -> None:
         write_text(self.record, "".join(json.dumps(asdict(step)) + "\n" for step in self.steps))
