@@ -9,6 +9,7 @@ import pytest
 from infalign.errors import MismatchError, StorageError
 from infalign.files import storage_failure, write_json
 from infalign.run_folder import RunFolder, file_fingerprint, fingerprint
+from infalign.stages.run import open_run
 
 
 def test_fingerprint_ignores_key_order_but_not_content():
@@ -243,3 +244,12 @@ def test_a_write_cut_short_is_told_from_a_fault(tmp_path, how):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert storage_failure(caught.value)
     assert storage_failure(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    RunFolder(tmp_path, "one")
+    marker = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(marker | {"format": 1}))
+    for opened in (lambda: RunFolder(tmp_path, "one"), lambda: open_run(tmp_path)):
+        with pytest.raises(MismatchError, match="another version of infalign wrote this folder"):
+            opened()

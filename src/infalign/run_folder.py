@@ -34,7 +34,7 @@ from infalign.inventory import (
     what_falls_with,
 )
 
-FORMAT = 1
+FORMAT = 2  # raised where folders of before would be misread
 RECIPE = "recipe.json"  # the recipe that a calibrated run was made with
 
 
@@ -111,12 +111,13 @@ class RunFolder:
         marker = path / "run.json"
         try:
             found = _read_marker(marker)
-            if found is not None and (found.get("name") != name or found.get("format") != FORMAT):
+            if found is not None and found.get("name") != name:
                 raise MismatchError(
                     f"this folder holds a run of {found.get('name')!r}, not of {name!r}",
                     where=str(path),
                     hint="Choose another folder with --out",
                 )
+            require_format(path)
             if found is None and path.exists() and not _was_begun(path):
                 raise MismatchError(
                     "this folder is not empty and holds no run", where=str(path), hint="Choose another with --out"
@@ -304,6 +305,17 @@ class RunFolder:
 
     def _write_stamp(self, stage: str, stamp: StageStamp) -> None:
         write_json(self._stamp_path(stage), asdict(stamp))
+
+
+def require_format(path: Path) -> None:
+    """Raise MismatchError if a run folder was written by a version whose folders this one would misread."""
+    found = _read_marker(path / "run.json")
+    if found is not None and found["format"] != FORMAT:
+        raise MismatchError(
+            f"another version of infalign wrote this folder (its format is {found['format']}, this version's {FORMAT})",
+            where=str(path),
+            hint="Use that version, or make the run again with another --out",
+        )
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from infalign.rollouts.models import load_policy
 from infalign.rollouts.opening import open_policies, open_policy
 from infalign.rollouts.policy import Policy
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import RECIPE
+from infalign.run_folder import RECIPE, require_format
 from infalign.run_rewards import RunRewards
 from infalign.stages.planned import PlannedTransform
 from infalign.stages.trust import Trust, policy_sections, reward_sections
@@ -177,6 +177,7 @@ def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: boo
 
     Raises:
         StorageError: If the folder does not hold one, or what it holds is damaged.
+        MismatchError: If another version wrote it in a form that this one would misread.
         InputError: If its recipe is of another version, or would do what it is not allowed.
     """
     folder = Path(run_folder)
@@ -186,6 +187,7 @@ def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: boo
             where=str(folder),
             hint="Give the folder that `infalign run` wrote, runs/NAME by default",
         )
+    require_format(folder)
     missing = [name for name in (RECIPE, "plan.json", "calibration/calibrator") if not (folder / name).exists()]
     if missing:
         raise StorageError(
