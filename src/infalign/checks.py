@@ -373,12 +373,6 @@ def _check_prompts(recipe: Recipe) -> list[Prompt]:
         return []
     train, evaluation = split_prompts(recipe)
     prompts = [*train, *evaluation]
-    if len({isinstance(prompt.prompt, str) for prompt in prompts}) > 1:
-        raise InputError(
-            "some prompts are text and some are chat messages",
-            where=recipe.prompts.source,
-            hint="Write all of them one way",
-        )
     kept = num_kept(recipe, len(train))
     if recipe.reshape.kind != "none" and kept < FEWEST_TO_FIT_ON:
         raise InputError(

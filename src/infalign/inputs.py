@@ -62,6 +62,9 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     evaluation_source = settings.evaluation_source or settings.source
     side: Literal["train", "held_out"] = "held_out" if one_file else "train"
     evaluation = _short(load_prompts(evaluation_source, **common, side=side), recipe)
+    if len({isinstance(prompt.prompt, str) for prompt in (*train, *evaluation)}) > 1:
+        raise InputError("some prompts are text and some are chat messages", where=settings.source,
+                         hint="Write all of them one way")  # fmt: skip
     train = _shuffled(train, recipe.seed)[: settings.train]
     evaluation = _shuffled(evaluation, recipe.seed)[: settings.evaluation]
     overlap = set(train.ids) & set(evaluation.ids)

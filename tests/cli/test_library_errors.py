@@ -46,7 +46,8 @@ def job(models, tmp_path, monkeypatch):
     for name in ("policy", "judge", "adapter"):
         shutil.copytree(models / name, tmp_path / name)
     (tmp_path / "library_rewards.py").write_text(
-        "def one(prompts, completions):\n    return [len(c) for c in completions]\n"
+        "def one(prompts, completions):\n"
+        "    return [len(c if isinstance(c, str) else c[0]['content']) for c in completions]\n"
     )
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     write_prompts(tmp_path, [f"Number {i}: " for i in range(40)])

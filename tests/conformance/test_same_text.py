@@ -107,7 +107,8 @@ def test_every_verb_shows_a_reward_the_same_rows(family, kind, module, tmp_path,
 
     Pipeline(recipe, run, Recorder()).check()
     rehearsed = [json.loads(row) for row in module.SHOWN]
-    assert [row[0] for row in rehearsed] == [rows[0]["prompt"]] * 2, "--dry-run shows two responses to a prompt"
+    assert rehearsed[0][0] == rehearsed[1][0] in [row["prompt"] for row in rows[:2]], "two responses to a prompt"
+    assert len(rehearsed) == 2
     assert taken(module) == set()
     for group, shown in (("rollout", train), ("calibrate", set()), ("train", train), ("evaluate", held_out)):
         Pipeline(recipe, run, Recorder()).run(group)
@@ -129,7 +130,7 @@ def test_every_verb_shows_a_reward_the_same_rows(family, kind, module, tmp_path,
         assert taken(module) == train, name
 
     policy = open_policy(model)
-    known = {prompt.id: prompt for prompt in open_run(run).prompts("train")}
+    known = {prompt.id: prompt for prompt in open_run(run, rewards=False).prompts("train")}
     decoder = Decoder(sampler_of(policy, max_new_tokens=3), FunctionReward(reward), BestOfN(16))
     server = ProcedureServer(Served(decoder, "m", 3, known=known))
     with TestClient(server.app, base_url="http://localhost") as client:
