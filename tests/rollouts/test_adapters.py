@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from infalign.data import Prompt
-from infalign.errors import InputError
+from infalign.errors import InputError, StorageError
 from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.opening import open_policies, open_policy
 from infalign.rollouts.rewards import SequenceClassificationReward
@@ -134,7 +134,7 @@ def test_kinds_that_cannot_share_a_model_and_damaged_files(folder, tmp_path):
         open_policy(tmp_path / "prompt")
     shutil.copytree(folder / "lora", tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(StorageError, match=r"adapter_config\.json: it does not say which model it adapts"):
         open_policy(tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_config.json").write_text((folder / "lora" / "adapter_config.json").read_text())
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"half")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import infalign
 from infalign import processes
@@ -36,8 +37,22 @@ from infalign.wording import visible
 
 STOPPED = 130
 
+
+class _Verbs(TyperGroup):
+    """The verbs; one that is stopped where it has nothing more to say ends in one word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base class."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Stopped.", err=True)
+            raise typer.Exit(STOPPED) from None
+
+
 app = typer.Typer(
     name="infalign",
+    cls=_Verbs,
     help="Align a language model for the way it will be used: Best-of-N, Worst-of-N, or any inference-time procedure.",
     no_args_is_help=True,
     add_completion=False,

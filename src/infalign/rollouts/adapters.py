@@ -6,7 +6,6 @@ that bring embeddings of another size.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -148,22 +147,6 @@ def switch(layer: Any, names: list[str], off: bool) -> None:
     layer.enable_adapters(not off)
     for name, weight in layer.named_parameters():
         weight.requires_grad_(trained[name])
-
-
-def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """What adapter_config.json says.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    try:
-        content = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(content["base_model_name_or_path"], str):
-            raise TypeError("base_model_name_or_path is not text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{CONFIG} cannot be read ({type(error).__name__}: {error})", where=str(folder),
-                         hint="It should name the base in base_model_name_or_path") from error  # fmt: skip
-    return content
 
 
 def _first_line(error: Exception) -> str:
