@@ -413,11 +413,17 @@ def test_an_async_reward_inside_a_running_event_loop():
 DECODE = ("decode", "--model-name", "toy", "--procedure", "standard", "--max-new-tokens", "4")
 
 
+def heed_interrupts():
+    """Whoever runs the tests in the background ignores SIGINT, and so would the processes started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(tmp_path, *arguments, code="from infalign.cli.main import main; main()", env=None):
     """A process of ours as a user starts it from a terminal."""
     kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env={**kept, **(env or {})})  # fmt: skip
+                            stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env={**kept, **(env or {})},
+                            preexec_fn=heed_interrupts)  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", [silent, drip(OK + b"\r\n", b" "), answered(503, Retry_After="60")],

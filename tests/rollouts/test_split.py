@@ -15,6 +15,7 @@ from infalign.rollouts.batches import Missing
 from infalign.rollouts.opening import open_policies
 from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.split import SplitPolicy
+from tests.responses import said
 from tests.rollouts.policies import PROMPTS, TOKENS, make_pair
 from tests.rollouts.served_models import ServedModels
 from tests.rollouts.test_policy import drawn, require_follows
@@ -63,7 +64,7 @@ def test_the_best_follows_the_exact_counts(pair):
     """The law of the best of 2 + 1 by enumeration: the distortion of `ExactCounts` on the models' CDFs of rewards."""
     policy = SplitPolicy(pair.base, pair.adapter, (2, 1))
     prompt, count = PROMPTS[0], 3000
-    texts = {r: pair.tokenizer.decode(r, skip_special_tokens=True) for r in pair.responses[0]}
+    texts = {r: said(pair.tokenizer, prompt.prompt, r) for r in pair.responses[0]}
     value = {text: float(hash_of(text)) for text in texts.values()}
     reward = FunctionReward(lambda completions, **_: [value[one] for one in completions], key="hash")
     decoder = Decoder(PolicySampler(policy, max_new_tokens=TOKENS), reward, BestOfN(3), seed=5)
