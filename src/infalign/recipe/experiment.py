@@ -25,7 +25,7 @@ from infalign.recipe.sections import (
     reshape_value,
 )
 from infalign.recipe.values import NAME, Compared, Positive, Procedure, Transform, transform_name
-from infalign.training.methods import Comparator, comparator_from_dict
+from infalign.training.methods import Comparator, SelfConsistentMethod, comparator_from_dict
 
 
 class Recipe(Section):
@@ -83,7 +83,7 @@ class Recipe(Section):
         names = [own, *others, *(one.name for one in self.comparators)]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
-        if self.training.solver not in ("online", "mixed") and "self-consistent" in names:
+        if self.training.solver not in SelfConsistentMethod.SOLVERS and "self-consistent" in names:
             raise ValueError(
                 f"the self-consistent transform follows the policy's own rollouts; with training.solver "
                 f"{self.training.solver} use optimal"

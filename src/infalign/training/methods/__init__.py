@@ -34,12 +34,19 @@ __all__ = [
     "comparator",
     "comparator_from_dict",
     "comparator_kinds",
+    "find_methods",
     "method_from_dict",
     "transform_method",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")  # the decorator `comparator` then makes it known
+
+def find_methods() -> None:
+    """Import every file of this folder; the decorator `comparator` then makes it known."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+
+
+find_methods()
 
 
 def transform_method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
@@ -17,6 +17,8 @@ from infalign.training.self_consistent import SelfConsistentTransform
 class SelfConsistentMethod(TransformMethod[SelfConsistentTransform]):
     """The derivative of the win rate at the policy as it is."""
 
+    SOLVERS: ClassVar = ("online", "mixed")  # those that draw rollouts of the policy
+
     def beta_for_kl(self, kl: float, calibrator: RewardCalibrator | CombinedCalibrator | None = None) -> float:
         """That of the optimum (M9) with this KL, its fixed point."""
         return optimum_at_kl(self.transform.procedure, kl).beta
@@ -27,7 +29,7 @@ class SelfConsistentMethod(TransformMethod[SelfConsistentTransform]):
         Raises:
             InputError: If the solver has no rollouts of the policy.
         """
-        if solver != "mixed":
+        if solver not in self.SOLVERS:
             raise InputError(
                 f"the self-consistent transform follows the policy's own rollouts, which {solver} does not have",
                 where="training.solver",
