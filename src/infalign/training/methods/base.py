@@ -8,6 +8,7 @@ this folder (docs/extending.md).
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def share(default: float | None) -> Setting:
 def group_size(default: int) -> Setting:
     """How many rollouts are looked at together."""
     return Setting(
-        default, "a whole number of at least 2", lambda value: value >= 2 and value == int(value), whole=True
+        default, "a whole number of at least 2", lambda value: value >= 2 and float(value).is_integer(), whole=True
     )
 
 
@@ -192,7 +193,8 @@ class Comparator(Method):
         if setting is None:
             takes = f"it takes: {', '.join(self.SETTINGS)}" if self.SETTINGS else "it takes none"
             raise InputError(f"the baseline {self.kind} has no setting {name!r}", where="compare_with", hint=takes)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not setting.usable(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not setting.usable(value):
             raise InputError(
                 f"{name} of the baseline {self.kind} must be {setting.wanted}, not {value!r}", where="compare_with"
             )
