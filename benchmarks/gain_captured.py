@@ -44,7 +44,7 @@ from infalign.testbed.quiet import quiet
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import limit, optimum_at_kl
 from infalign.training.fresh import FreshRollouts
-from infalign.training.methods import baseline_beta, baseline_reward, solver_loss
+from infalign.training.methods import CalibratedMethod, SelfConsistentMethod, comparator_from_dict
 from infalign.training.offline import align_offline
 from infalign.training.online import align
 from infalign.training.pool import stored_rollouts
@@ -111,9 +111,9 @@ class Experiment:
         if transform == "identity":
             phi, beta = Identity(), tilt_at_kl(Identity(), options.kl).beta
         if transform == "raw":
-            described = {"baseline": "raw"}
-            beta = baseline_beta(described, self.source, self.calibrator, ids, options.kl)
-            reward: TransformedReward = baseline_reward(described, self.source, self.calibrator, ids, beta, procedure)
+            raw = comparator_from_dict({"baseline": "raw"})
+            beta = raw.beta_for_kl(options.kl, self.calibrator)
+            reward: TransformedReward = raw.reward(self.source, self.calibrator, ids, beta, procedure=procedure)
         else:
             reward = TransformedReward(self.source, self.calibrator, ids, phi, beta, procedure=procedure)
         common: dict[str, Any] = {
@@ -131,8 +131,9 @@ class Experiment:
             fresh = FreshRollouts(reward, every=options.refresh_every, num_prompts=options.prompts_per_step,
                                   num_samples=options.generations)  # fmt: skip
             pool = stored_rollouts(self.store, train, self.calibrator, ids)
+            kind: Any = SelfConsistentMethod if transform == "self-consistent" else CalibratedMethod
             result = align_offline(
-                self.run.reference, folder, pool, solver_loss(solver, phi, beta),
+                self.run.reference, folder, pool, kind(transform, phi).loss(beta, solver),
                 rollouts_per_step=options.prompts_per_step * options.generations,
                 fresh=fresh if solver == "mixed" else None, **common,
             )  # fmt: skip

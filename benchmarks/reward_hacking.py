@@ -38,7 +38,7 @@ from infalign.testbed.examples import Pair
 from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
-from infalign.training.baselines import RawReward, beta_for_kl
+from infalign.training.methods import comparator_from_dict
 from infalign.training.online import align
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform
@@ -110,9 +110,8 @@ def rewards_for(
     """What a method maximises, with a first β that the controller steers."""
     procedure = BestOfN(4)
     if name == "raw":
-        reward = RawReward(source, calibrator, ids, 1.0)
-        reward.beta = beta_for_kl(reward, kl)
-        return reward
+        raw = comparator_from_dict({"baseline": "raw"})
+        return raw.reward(source, calibrator, ids, raw.beta_for_kl(kl, calibrator))
     if name == "identity":
         return TransformedReward(source, calibrator, ids, Identity(), tilt_at_kl(Identity(), kl).beta)
     transform = SelfConsistentTransform(procedure)

@@ -11,10 +11,8 @@ from infalign.data import Prompt, read_rows
 from infalign.errors import InputError, StorageError
 from infalign.hub import require_model
 from infalign.inputs import split_prompts
-from infalign.procedures import InferenceProcedure
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.recipe import Recipe, Reward, named_transform, num_kept, transform_name
-from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.adapters import is_adapter, num_outputs
 from infalign.rollouts.embeddings import require_embeddings
 from infalign.rollouts.http import Endpoint
@@ -26,18 +24,15 @@ from infalign.rollouts.score import column_names
 from infalign.rollouts.template_errors import explaining
 from infalign.rollouts.tokens import excerpt
 from infalign.run_rewards import open_reward
-from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import optimum_at_kl
 from infalign.theory.tilt import TiltedPolicy
 from infalign.training.lora_check import check_lora, testbed_skeleton
-from infalign.training.methods import is_online
-from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, beta_in_mixture, ideal_weight
+from infalign.training.methods import transform_method
+from infalign.training.mixture import LARGEST_IDEAL_WEIGHT, ideal_weight
 from infalign.training.offline import check_offline
 from infalign.training.online import check_training
 from infalign.training.running import refuse_adapter
-from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.transforms import RewardTransform
 from infalign.wording import counted
 
 FEWEST_TO_FIT_ON = 8  # prompts: with fewer a reshaping would be fitted to noise
@@ -75,12 +70,12 @@ def check_recipe(recipe: Recipe, out: Path) -> dict[str, Any]:
 def _trains(recipe: Recipe) -> tuple[bool, bool]:
     """Whether anything of the recipe is trained by the online solver, and whether anything is on stored rollouts."""
     own = recipe.training.solver == "online"
-    baselines = [is_online(one) for one in recipe.baselines]
-    return own or any(baselines), not own or not all(baselines)
+    others = [one.online for one in recipe.comparators]
+    return own or any(others), not own or not all(others)
 
 
 def _check_training(recipe: Recipe) -> None:
-    """Refuse settings that a solver or baseline of the recipe would stumble over."""
+    """Refuse settings that a method of the recipe would stumble over."""
     training = recipe.training
     online, offline = _trains(recipe)
     for used, name, given in ((online, "rloo", training.rloo), (offline, "offline", training.offline)):
@@ -90,25 +85,19 @@ def _check_training(recipe: Recipe) -> None:
                 where=f"training.{name}",
                 hint=f"Remove them, or use training.{'offline' if name == 'rloo' else 'rloo'}",
             )
-    for baseline in recipe.baselines:
-        if int(baseline.get("n", 2)) > recipe.rollouts.num_ref:
-            raise InputError(
-                f"{baseline['baseline']} takes the best and the worst of {int(baseline['n'])}, but there are only "
-                f"{recipe.rollouts.num_ref} reference rollouts per prompt",
-                where="compare_with",
-                hint="Use a smaller n, or more rollouts.num_ref",
-            )
+    for method in recipe.comparators:
+        method.require_references(recipe.rollouts.num_ref)
     if online:
         settings = {key: value for key, value in training.online.items() if key != "keep_checkpoints"}
         check_training(max_new_tokens=recipe.rollouts.max_new_tokens, **settings)
-    if len(recipe.reward) > 1 and any(is_online(one) for one in recipe.baselines):
+    if len(recipe.reward) > 1 and any(one.single_reward for one in recipe.comparators):
         raise InputError(
-            "a baseline on raw rewards needs one reward: several have no common scale",
+            "a comparator on raw rewards needs one reward: several have no common scale",
             where="compare_with",
             hint="Leave it out, or give one reward",
         )
     widths = {1} if training.solver != "online" else set()
-    widths |= {1 if one["baseline"] == "qrpo" else 2 for one in recipe.baselines if not is_online(one)}
+    widths |= {one.rollouts_per_example for one in recipe.comparators if not one.online}
     for width in widths:
         check_offline(
             steps=training.steps,
@@ -152,8 +141,8 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
         weight = planned_weight(recipe, kl)
         for number, wanted in enumerate(recipe.transforms):
             share = weight if number == 0 else 1.0
-            transform, beta = _planned_transform(wanted, procedure, kl, share)
-            entry = {"name": transform_name(wanted), "transform": transform.to_dict(), "beta": beta}
+            method, beta = transform_method(transform_name(wanted), named_transform(wanted), procedure, kl, share)
+            entry = {"name": method.name, **method.to_dict(), "beta": beta}
             if share < 1.0:
                 entry |= {"name": f"{entry['name']}-mixture", "mixture_weight": share}
             planned.append(entry)
@@ -166,18 +155,6 @@ def plan_transforms(recipe: Recipe) -> tuple[float, list[dict[str, Any]]]:
             hint="Choose another, or give kl_budget",
         ) from error
     return kl, planned
-
-
-def _planned_transform(
-    wanted: str | dict[str, Any], procedure: InferenceProcedure, kl: float, weight: float
-) -> tuple[RewardTransform | SelfConsistentTransform, float]:
-    """A transform of the recipe, and its β at the planned KL of the policy or, below weight 1, of the mixture."""
-    transform = named_transform(wanted)
-    if transform is not None:
-        return transform, tilt_at_kl(transform, kl).beta if weight == 1.0 else beta_in_mixture(transform, weight, kl)
-    optimum = optimum_at_kl(procedure, kl)
-    following = wanted == SelfConsistentTransform.label
-    return (SelfConsistentTransform(procedure) if following else optimum.transform), optimum.beta
 
 
 def planned_weight(recipe: Recipe, kl: float) -> float:
@@ -408,8 +385,8 @@ def _procedure_label(recipe: Recipe) -> str:
 
 def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str, Any] | None) -> dict[str, Any]:
     transforms = [transform_name(t) for t in recipe.transforms]
-    baselines = [baseline_name(b) for b in recipe.baselines]
-    names = [*transforms, *baselines]
+    comparators = [one.name for one in recipe.comparators]
+    names = [*transforms, *comparators]
     training, rollouts, evaluation = recipe.training, recipe.rollouts, recipe.evaluation
     reference_rollouts = recipe.prompts.train * rollouts.num_ref
     training_rollouts = _rollouts_drawn_in_training(recipe)
@@ -419,7 +396,7 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
     lines = [
         f"Recipe {recipe.name}, run folder {out}",
         f"Procedure: {_procedure_label(recipe)}; transforms: {', '.join(transforms)}; "
-        + (f"baselines: {', '.join(baselines)}; " if baselines else "")
+        + (f"comparators: {', '.join(comparators)}; " if comparators else "")
         + (f"KL budget {recipe.kl_budget} nats" if recipe.kl_budget is not None else f"beta {recipe.beta}"),
     ]
     if recipe.testbed is not None:
@@ -462,7 +439,7 @@ def _plan_text(recipe: Recipe, out: Path, prompts: int | None, policy: dict[str,
 def _rollouts_drawn_in_training(recipe: Recipe) -> int:
     """How many rollouts all trainings draw: none on stored rollouts, but for the mixed solver's rounds."""
     training = recipe.training
-    online = sum(is_online(one) for one in recipe.baselines)
+    online = sum(one.online for one in recipe.comparators)
     batches = training.steps * online
     if training.solver == "online":
         batches += training.steps * len(recipe.transforms)

@@ -30,7 +30,7 @@ from infalign.rollouts.progress import Progress, no_progress
 from infalign.run_folder import RECIPE, RunFolder, fingerprint
 from infalign.run_rewards import open_reward
 from infalign.stages import calibrate, decoder, evaluate, reshape, rollout, testbed, train
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.run import Run
 from infalign.training.landing import Landing
 from infalign.wording import counted
@@ -104,7 +104,7 @@ class Pipeline:
             train.align_policy(self._run, planned, no_progress)
         return {}
 
-    def _align(self, planned: PlannedTransform, progress: Progress) -> None:
+    def _align(self, planned: PlannedMethod, progress: Progress) -> None:
         processes.tell(planned)
         train.align_policy(self._run, planned, progress)
 
@@ -175,6 +175,7 @@ class Pipeline:
         recipe = self.recipe
         files = [source_fingerprint(t["file"]) for t in recipe.transforms if isinstance(t, dict) and "file" in t]
         chosen = recipe.model_dump(include={"procedure", "beta", "kl_budget"})
+        compared = [one.described for one in recipe.comparators]
         self._stage(
             "plan",
             "calibrate",
@@ -183,10 +184,8 @@ class Pipeline:
                 "transforms": recipe.transforms,
                 "files": files,
                 "num_ref": recipe.rollouts.num_ref,
-                # What a baseline's β spends is found on the references themselves.
-                **(
-                    {"baselines": recipe.baselines, "scores": self._print_of("calibration")} if recipe.baselines else {}
-                ),
+                # What a comparator's β spends is found on the references themselves.
+                **({"baselines": compared, "scores": self._print_of("calibration")} if compared else {}),
             },
             ["plan.json"],
             partial(calibrate.make_plan, run),
@@ -278,7 +277,7 @@ class Pipeline:
                 "train",
                 {
                     "calibration": self._print_of("calibration"),
-                    "transform": fingerprint(planned.baseline or planned.transform.to_dict()),
+                    "transform": fingerprint(planned.method.described),
                     "beta": planned.beta,
                     "kl_budget": recipe.kl_budget,
                     "training": planned.training_settings(recipe.training),
@@ -307,7 +306,7 @@ class Pipeline:
                 lines.append(f"  {fitted['reason']}")
         return {"text": "\n".join(lines), "policies": trained}
 
-    def _reshape(self, planned: PlannedTransform) -> None:
+    def _reshape(self, planned: PlannedMethod) -> None:
         recipe, name = self.recipe, planned.name
         self._stage(
             f"reshape-{name}",

@@ -14,7 +14,6 @@ from infalign.errors import InputError, MismatchError
 from infalign.stages.run import open_run
 from infalign.stages.trust import Trust
 from infalign.training.reward import TransformedReward
-from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.wording import counted
 
 Float = NDArray[np.float64]
@@ -69,9 +68,9 @@ class TrainerReward:
         reward = self.transformed
         with self._lock:
             rewards = reward.score([self._content_of[i] for i in prompt_ids], responses, prompt_ids)
-            ranked = reward.rank(rewards, prompt_ids)
-            nats_B, calibrated_B = reward.tilt(rewards, prompt_ids, ranked), ranked.rank_B / ranked.num_ref_B
-            reward.follow(ranked)
+            paid = reward.pay(rewards, prompt_ids)
+            nats_B, calibrated_B = paid.nats_B, paid.ranked.rank_B / paid.ranked.num_ref_B
+            reward.follow(paid.ranked)
         return Rewarded(nats_B, calibrated_B, rewards.reshape(len(responses), -1)[:, 0])
 
     def require(self, prompt_ids: Sequence[str]) -> None:
@@ -130,7 +129,7 @@ def load_transformed_reward(
     reward.take_columns_from(run.prompts("train"))
     if beta is not None:
         reward.beta = beta
-    if isinstance(reward.transform, SelfConsistentTransform):
+    if reward.follower is not None:
         training = run.recipe.training
-        reward.transform.rollouts_per_step = training.prompts_per_step * training.num_generations
+        reward.follower.rollouts_per_step = training.prompts_per_step * training.num_generations
     return reward

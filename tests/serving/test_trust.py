@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from infalign.errors import InputError
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.run import open_run
 from infalign.stages.trust import Trust
 from infalign.trainer_reward import load_transformed_reward
@@ -138,7 +138,7 @@ def test_trust_without_a_run_is_idle(capfd, monkeypatch):
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "", ".hidden", "..", None, 3])
 def test_a_plan_names_folders_in_the_run(name):
     with pytest.raises(InputError, match=r"plan\.json: .*cannot be the name of a file"):
-        PlannedTransform.from_dict({"name": name, "beta": 1.0, "transform": {"kind": "identity"}})
+        PlannedMethod.from_dict({"name": name, "beta": 1.0, "transform": {"kind": "identity"}})
 
 
 def test_files_beside_a_recipe_do_not_stand_for_libraries(tmp_path, run_folder):

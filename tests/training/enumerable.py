@@ -25,8 +25,9 @@ PROMPTS = [Prompt("a b"), Prompt("c d a")]
 
 
 def hashed_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """An arbitrary fixed score of each text, without ties between different texts."""
-    return [(zlib.crc32(f"{p}|{c}".encode()) % 100_003) / 100_003 for p, c in zip(prompts, completions, strict=True)]
+    """An arbitrary fixed score of each text, whatever blanks are around it, without ties between different texts."""
+    rows = zip(prompts, completions, strict=True)
+    return [(zlib.crc32(f"{p}|{c.strip()}".encode()) % 100_003) / 100_003 for p, c in rows]
 
 
 def enumerate_responses(model: Any, tokenizer: Any, prompt: str) -> dict[tuple[int, ...], float]:

@@ -8,6 +8,7 @@ from infalign.calibration import RewardCalibrator
 from infalign.errors import InputError
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.rewards import FunctionReward
+from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training import online
 from infalign.training.baseline import effective_number
 from infalign.training.reward import TransformedReward
@@ -49,7 +50,8 @@ def train(testbed, folder, *, baseline="known", num_generations=1, steps=150, ro
     )  # fmt: skip
     rows = online._training_rows(PROMPTS, steps * prompts_per_step, 0)
     steering = Steering(reward, None, folder / "steps.jsonl", steps, None)
-    trainer = online._make_trainer(model, tokenizer, reward, rows, steering, None, baseline, config)
+    prompt_ids = dict(zip([prompt.id for prompt in PROMPTS], prompt_token_ids(tokenizer, PROMPTS), strict=True))
+    trainer = online._make_trainer(model, tokenizer, reward, rows, prompt_ids, steering, None, baseline, config)
     logged = Logged()
     trainer.add_callback(logged)
     folder.mkdir(exist_ok=True)

@@ -8,18 +8,16 @@ from scipy.special import log_softmax, logsumexp, softmax
 from infalign.calibration import RewardCalibrator
 from infalign.errors import InputError
 from infalign.rollouts.rewards import FunctionReward
-from infalign.training.baselines import (
-    DPO,
-    IPO,
-    QRPO,
-    BoNBoN,
-    LogSigmoidReward,
-    RawReward,
-    StandardisedReward,
-    best_and_worst,
-    beta_for_kl,
-)
 from infalign.training.losses import Examples
+from infalign.training.methods._pairs import best_and_worst
+from infalign.training.methods._utility import beta_for_kl
+from infalign.training.methods.bonbon import BoNBoN
+from infalign.training.methods.dpo import DPO
+from infalign.training.methods.ipo import IPO
+from infalign.training.methods.log_sigmoid import LogSigmoidMethod
+from infalign.training.methods.qrpo import QRPO
+from infalign.training.methods.raw import RawMethod
+from infalign.training.methods.standardised import StandardisedMethod, standardised
 from infalign.training.online import align
 from tests.training import tabular
 from tests.training.enumerable import PROMPTS, TOKENS, Testbed, hashed_reward
@@ -31,7 +29,7 @@ IDS = ["p", "q"]
 
 
 def make(kind, beta=0.5, **more):
-    return kind(FunctionReward(hashed_reward), RewardCalibrator().fit(REFERENCES), IDS, beta, **more)
+    return kind(**more).reward(FunctionReward(hashed_reward), RewardCalibrator().fit(REFERENCES), IDS, beta)
 
 
 # --- rewards ---
@@ -39,11 +37,11 @@ def make(kind, beta=0.5, **more):
 
 def test_what_they_maximise_by_hand():
     rewards = np.array([1.0, 3.0, 20.0])
-    assert make(RawReward).tilt(rewards, ["p", "p", "q"]).tolist() == [2.0, 6.0, 40.0]
+    assert make(RawMethod).tilt(rewards, ["p", "p", "q"]).tolist() == [2.0, 6.0, 40.0]
     # Group p: mean 2, standard deviation √2; q is alone, and no better than its group.
     expected = np.array([-1.0, 1.0, 0.0]) / (np.sqrt(2.0) + 1e-4) / 0.5
-    assert make(StandardisedReward).tilt(rewards, ["p", "p", "q"]) == pytest.approx(expected)
-    centred = make(LogSigmoidReward, quantile=0.5).tilt(rewards, ["p", "p", "q"])
+    assert make(StandardisedMethod).tilt(rewards, ["p", "p", "q"]) == pytest.approx(expected)
+    centred = make(LogSigmoidMethod, quantile=0.5).tilt(rewards, ["p", "p", "q"])
     assert centred == pytest.approx(-np.log1p(np.exp([2.5 - 1.0, 2.5 - 3.0, 15.0 - 20.0])) / 0.5)
 
 
@@ -51,27 +49,29 @@ def test_standardising_takes_out_scale_and_offset_of_each_prompt():
     rng = np.random.default_rng(0)
     rewards, ids = rng.normal(size=32), IDS * 16
     changed = rewards * np.tile([3.0, 0.1], 16) + np.tile([7.0, -2.0], 16)
-    reward = make(StandardisedReward)
-    reward.EPSILON = 0.0
-    assert reward.tilt(changed, ids) == pytest.approx(reward.tilt(rewards, ids))
-    assert np.isfinite(make(StandardisedReward).tilt(np.ones(4), ["p"] * 4)).all(), "a group of equal rewards"
+    rows = make(StandardisedMethod).rows(ids)
+    expected = standardised(rewards, rows, epsilon=0.0)
+    assert standardised(changed, rows, epsilon=0.0) == pytest.approx(expected)
+    assert np.isfinite(make(StandardisedMethod).tilt(np.ones(4), ["p"] * 4)).all(), "a group of equal rewards"
 
 
-@pytest.mark.parametrize("kind", [RawReward, StandardisedReward, LogSigmoidReward])
+@pytest.mark.parametrize("kind", [RawMethod, StandardisedMethod, LogSigmoidMethod])
 def test_the_planned_beta_spends_the_kl_on_the_references(kind):
     reward = make(kind)
-    reward.beta = beta_for_kl(reward, 0.3)
-    kls = [softmax(u / reward.beta) @ (log_softmax(u / reward.beta) + np.log(4)) for u in reward.ref_utilities()]
+    reward.beta = beta_for_kl(reward.transform, 0.3)
+    kls = [
+        softmax(u / reward.beta) @ (log_softmax(u / reward.beta) + np.log(4)) for u in reward.transform.of_references()
+    ]
     assert np.mean(kls) == pytest.approx(0.3, rel=1e-5)
-    log_z = [logsumexp(u / reward.beta) - np.log(4) for u in reward.ref_utilities()]
+    log_z = [logsumexp(u / reward.beta) - np.log(4) for u in reward.transform.of_references()]
     assert reward.log_normalizer(["q", "p"]) == pytest.approx(log_z[::-1])
     with pytest.raises(InputError, match=r"can spend 1\.39 nats.*num_ref"):
-        beta_for_kl(make(kind), 1.5)
+        beta_for_kl(make(kind).transform, 1.5)
 
 
 def test_a_quantile_is_a_number_between_0_and_1():
     with pytest.raises(InputError, match="quantile"):
-        make(LogSigmoidReward, quantile=85)
+        make(LogSigmoidMethod, quantile=85)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def testbed(tmp_path_factory):
 
 def online(testbed, out, kind, beta):
     """The policy that the online solver ends at."""
-    reward = kind(FunctionReward(hashed_reward), testbed.calibrator, [prompt.id for prompt in PROMPTS], beta)
+    ids = [prompt.id for prompt in PROMPTS]
+    reward = kind().reward(FunctionReward(hashed_reward), testbed.calibrator, ids, beta)
     return align(
         testbed.reference, out, PROMPTS, reward, max_new_tokens=TOKENS, steps=150, prompts_per_step=2,
         num_generations=256, learning_rate=1e-2, save_steps=10_000,
@@ -89,14 +90,14 @@ def online(testbed, out, kind, beta):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "beta"), [(RawReward, 0.25), (LogSigmoidReward, 0.15)], ids=["raw", "log-sigmoid"])
+@pytest.mark.parametrize(("kind", "beta"), [(RawMethod, 0.25), (LogSigmoidMethod, 0.15)], ids=["raw", "log-sigmoid"])
 def test_rl_on_a_fixed_utility_ends_at_its_optimum(testbed, tmp_path, kind, beta):
     """p·exp(u/β)/Z by enumeration, u written out here: r, and log of σ(r − 85 % quantile of the references)."""
     expected = []
     for row, (prompt, responses) in enumerate(zip(PROMPTS, testbed.responses, strict=True)):
         r, logp = testbed.rewards(prompt, responses), np.array(list(responses.values()))
         centre = np.sort(testbed.calibrator.ref_rewards_PK[row])[[216, 217]] @ [0.25, 0.75]  # 255 · 0.85 = 216.75
-        expected.append(softmax(logp + (r if kind is RawReward else -np.log(1 + np.exp(centre - r))) / beta))
+        expected.append(softmax(logp + (r if kind is RawMethod else -np.log(1 + np.exp(centre - r))) / beta))
     assert min(testbed.distances(testbed.reference, expected)) > 0.3, "the optimum is far from where training starts"
     # 0.0009 (raw) and 0.0014 (log-sigmoid) were seen; a sharper log-sigmoid, β = 0.1, was at 0.019 after these steps.
     assert max(testbed.distances(online(testbed, tmp_path, kind, beta), expected)) < 0.02
@@ -106,7 +107,7 @@ def test_rl_on_a_fixed_utility_ends_at_its_optimum(testbed, tmp_path, kind, beta
 def test_rl_on_standardised_rewards_ends_at_its_fixed_point(testbed, tmp_path):
     """p·exp(r/(β σ)), σ the standard deviation of r under the policy itself: not the optimum at any one β."""
     beta = 1.2  # below about 0.9 there is no fixed point: the policy goes on to its best response alone
-    model = online(testbed, tmp_path, StandardisedReward, beta)
+    model = online(testbed, tmp_path, StandardisedMethod, beta)
     expected, at_the_start = [], []
     for prompt, responses in zip(PROMPTS, testbed.responses, strict=True):
         r, logp = testbed.rewards(prompt, responses), np.array(list(responses.values()))

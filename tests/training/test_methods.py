@@ -9,9 +9,9 @@ from transformers import TrainerState
 from infalign.errors import InputError
 from infalign.pipeline import Pipeline
 from infalign.recipe import load_recipe, parse_recipe
-from infalign.recipe.baselines import baseline_name
 from infalign.testbed.toy import random_llama
 from infalign.training.fresh import FreshRollouts
+from infalign.training.methods import comparator_from_dict
 from tests.runs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -167,4 +167,4 @@ def test_the_plan_counts_the_rounds_that_the_mixed_solver_draws(job, tmp_path, s
 
 
 def test_a_name_can_be_a_folder():
-    assert baseline_name({"baseline": "dpo", "n": 8, "beta": 0.25}) == "dpo-n8-beta0.25"
+    assert comparator_from_dict({"baseline": "dpo", "n": 8, "beta": 0.25}).name == "dpo-n8-beta0.25"

@@ -11,8 +11,8 @@ from infalign.errors import InputError
 from infalign.procedures import BestOfN, WorstOfN
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.theory.plan import optimum_at_kl
-from infalign.training.baselines import RawReward
 from infalign.training.kl_control import KLController
+from infalign.training.methods.raw import RawMethod
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.steering import Steering
 from infalign.training.tilt import FLOOR, highest_under_cap, log_partition, tilt_by_rank, tilt_of_reward
@@ -93,7 +93,7 @@ def testbed(tmp_path_factory):
 def test_half_strength_is_half_the_tilt_with_its_own_normaliser(testbed, kind):
     reward = testbed.reward(Exponential(5.0), 0.2)
     if kind == "raw":
-        reward = RawReward(reward.source, testbed.calibrator, [p.id for p in PROMPTS], 0.2)
+        reward = RawMethod().reward(reward.source, testbed.calibrator, [p.id for p in PROMPTS], 0.2)
     ids = [PROMPTS[0].id] * 3
     rewards = np.array([0.1, 0.5, 0.9])
     whole, normalizer = reward.tilt(rewards, ids), reward.log_normalizer(ids)

@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.procedures.measured import MeasuredProcedure
-from infalign.recipe.baselines import baseline_name
 from infalign.recipe.sections import (
     Calibration,
     Evaluation,
@@ -26,6 +25,7 @@ from infalign.recipe.sections import (
     reshape_value,
 )
 from infalign.recipe.values import NAME, Compared, Positive, Procedure, Transform, transform_name
+from infalign.training.methods import Comparator, SelfConsistentMethod, comparator_from_dict
 
 
 class Recipe(Section):
@@ -80,10 +80,10 @@ class Recipe(Section):
         own, *others = map(transform_name, self.transforms)
         if self.training.mixture != "none":
             own += "-mixture"  # beside the same transform alone
-        names = [own, *others, *map(baseline_name, self.baselines)]
+        names = [own, *others, *(one.name for one in self.comparators)]
         if len(set(names)) != len(names):
             raise ValueError(f"compare_with repeats a transform: {', '.join(names)}")
-        if self.training.solver not in ("online", "mixed") and "self-consistent" in names:
+        if self.training.solver not in SelfConsistentMethod.SOLVERS and "self-consistent" in names:
             raise ValueError(
                 f"the self-consistent transform follows the policy's own rollouts; with training.solver "
                 f"{self.training.solver} use optimal"
@@ -116,9 +116,10 @@ class Recipe(Section):
         return [self.transform, *others]
 
     @property
-    def baselines(self) -> list[dict[str, Any]]:
-        """The baselines it is compared with."""
-        return [one for one in self.compare_with if isinstance(one, dict) and "baseline" in one]
+    def comparators(self) -> list[Comparator]:
+        """The methods of others that it is compared with."""
+        found = [one for one in self.compare_with if isinstance(one, dict) and "baseline" in one]
+        return [comparator_from_dict(one) for one in found]
 
     @property
     def measured_procedure(self) -> MeasuredProcedure | None:

@@ -1,4 +1,4 @@
-"""The short notations of a recipe: a procedure, a transform, a baseline, and the numbers that a setting may hold."""
+"""The short notations of a recipe: a procedure, a transform, a comparator, and the numbers that a setting may hold."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from infalign.errors import InputError
 from infalign.procedures import procedure_from_dict, procedure_from_name
 from infalign.procedures.measured import MeasuredProcedure
-from infalign.recipe.baselines import SETTINGS, baseline_value
 from infalign.rollouts.http import check_address, check_variable
+from infalign.training.methods import comparator_from_dict, comparator_kinds
 from infalign.transforms import Exponential, Identity, Log, RewardTransform
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # can be a folder
@@ -51,10 +51,14 @@ def _transform_value(value: Any) -> Any:
 
 
 def _compared_value(value: Any) -> Any:
-    """A transform, or a baseline: `{baseline: raw}`."""
+    """A transform, or a comparator: `{baseline: raw}`."""
     if isinstance(value, Mapping) and "baseline" in value:
-        return baseline_value(value)
-    if isinstance(value, str) and value in SETTINGS:
+        try:
+            comparator_from_dict(value)
+        except InputError as error:
+            raise ValueError(f"{error.what}; {error.hint}" if error.hint else error.what) from error
+        return dict(value)
+    if isinstance(value, str) and value in comparator_kinds():
         raise ValueError(f"{value} is a baseline, not a transform; write {{baseline: {value}}}")
     return _transform_value(value)
 

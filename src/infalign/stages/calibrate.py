@@ -1,4 +1,4 @@
-"""The calibration, and the plan: β for every transform and baseline."""
+"""The calibration, and the plan: β for every method."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from infalign.calibration_report import calibration_report
 from infalign.checks import plan_transforms
 from infalign.errors import InputError
 from infalign.files import write_json
-from infalign.recipe.baselines import baseline_name
 from infalign.rollouts.progress import Progress
 from infalign.run_rewards import scored_by_all
 from infalign.stages.run import Run
 from infalign.theory.finite_k import finite_k_prediction
 from infalign.theory.plan import optimum_at_kl
-from infalign.training.methods import baseline_beta
+from infalign.training.methods import Comparator
 
 
 def fit_calibration(run: Run, progress: Progress) -> None:
@@ -53,15 +52,13 @@ def make_plan(run: Run, progress: Progress) -> None:
         "num_ref": recipe.rollouts.num_ref,
         "win_rate_lost": _win_rate_lost(run, kl),
         "transforms": planned,
-        "baselines": [_plan_baseline(run, described, kl) for described in recipe.baselines],
+        "baselines": [_plan_comparator(run, one, kl) for one in recipe.comparators],
     }
     write_json(run.out / "plan.json", content)
 
 
-def _plan_baseline(run: Run, described: dict[str, Any], kl: float) -> dict[str, Any]:
-    ids = run.prompts("train").ids
-    beta = baseline_beta(described, run.rewards.source(), run.calibrator(), ids, kl)
-    return {"name": baseline_name(described), "baseline": described, "beta": beta}
+def _plan_comparator(run: Run, method: Comparator, kl: float) -> dict[str, Any]:
+    return {"name": method.name, **method.to_dict(), "beta": method.beta_for_kl(kl, run.calibrator())}
 
 
 def _win_rate_lost(run: Run, kl: float) -> float | None:

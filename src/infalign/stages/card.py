@@ -6,13 +6,13 @@ from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
 from infalign.model_card import CardFacts, ReshapedFacts, write_model_card, write_reshaped_card
 from infalign.run_folder import versions
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.run import Run
 from infalign.training.landing import Landing
 
 
 def write_card(
-    run: Run, planned: PlannedTransform, result: MethodResult | None, reshaped_result: MethodResult | None = None
+    run: Run, planned: PlannedMethod, result: MethodResult | None, reshaped_result: MethodResult | None = None
 ) -> None:
     """The model card of an aligned policy, and of its reshaped form, with what was measured if that is known."""
     recipe, calibration = run.recipe, run.read_json("calibration/summary.json")
@@ -51,7 +51,7 @@ def write_card(
         write_reshaped_card(run.reshaped_folder(planned.name), facts)
 
 
-def _reshaped(run: Run, planned: PlannedTransform, result: MethodResult | None) -> ReshapedFacts | None:
+def _reshaped(run: Run, planned: PlannedMethod, result: MethodResult | None) -> ReshapedFacts | None:
     """What is known of the method's reshaped policy; None where there is none to be used."""
     content = read_fit(run.reshaped_folder(planned.name))
     if not run.reshapes(planned) or content is None or not content["chosen"]:

@@ -20,7 +20,7 @@ from infalign.run_rewards import open_reward
 from infalign.stages.card import write_card
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run
-from infalign.transforms import Identity, RewardTransform
+from infalign.transforms import RewardTransform
 from infalign.wording import distinct
 
 
@@ -123,11 +123,5 @@ def measure(run: Run, progress: Progress) -> None:
 
 
 def _calibrated(run: Run) -> dict[str, RewardTransform]:
-    """What each policy on calibrated rewards was aligned with; baselines on raw rewards tell nothing of ρ."""
-    found: dict[str, RewardTransform] = {}
-    for planned in run.planned():
-        if planned.baseline is None and isinstance(planned.transform, RewardTransform):
-            found[planned.name] = planned.transform
-        elif planned.baseline is not None and planned.baseline["baseline"] == "qrpo":
-            found[planned.name] = Identity()
-    return found
+    """What each policy on calibrated rewards was aligned with; comparators on raw rewards tell nothing of ρ."""
+    return {planned.name: planned.method.aim for planned in run.planned() if planned.method.aim is not None}

@@ -28,7 +28,7 @@ from infalign.rollouts.progress import Progress
 from infalign.rollouts.store import RolloutStore
 from infalign.run_rewards import scored_by_all
 from infalign.stages.card import write_card
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.rollout import draw
 from infalign.stages.run import Run
 
@@ -65,7 +65,7 @@ class Choice:
         }
 
 
-def reshape_policy(run: Run, planned: PlannedTransform, progress: Progress) -> None:
+def reshape_policy(run: Run, planned: PlannedMethod, progress: Progress) -> None:
     """Fit, choose, and write the reshaped policy of one aligned model beside it."""
     recipe = run.recipe
     prompts = run.kept_prompts()

@@ -21,9 +21,8 @@ from infalign.rollouts.policy import Policy
 from infalign.rollouts.store import RolloutStore
 from infalign.run_folder import RECIPE, require_format
 from infalign.run_rewards import RunRewards
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.trust import Trust, policy_sections, reward_sections
-from infalign.training.methods import baseline_reward, is_online
 from infalign.training.reward import TransformedReward
 
 
@@ -40,7 +39,7 @@ class EvaluatedPolicy:
 
     name: str
     folder: Path
-    method: PlannedTransform
+    method: PlannedMethod
     reshaped: bool
 
 
@@ -69,32 +68,23 @@ class Run:
         kind = CombinedCalibrator if self.rewards.combined else RewardCalibrator
         return kind.load(self.out / "calibration" / "calibrator")
 
-    def transformed_reward(self, planned: PlannedTransform, *, mixture_weight: float = 1.0) -> TransformedReward:
-        """What online training with one transform or baseline maximises.
+    def transformed_reward(self, planned: PlannedMethod, *, mixture_weight: float = 1.0) -> TransformedReward:
+        """What online training with one method maximises.
 
         Args:
-            planned: The transform or baseline.
+            planned: The method.
             mixture_weight: The policy's share, for a trainer that trains inside a mixture with the reference (M19).
 
         Raises:
-            InputError: If the baseline is a loss on stored rollouts.
+            InputError: If the method is a loss on stored rollouts.
         """
-        source, calibrator, ids = self.rewards.source(), self.calibrator(), self.prompts("train").ids
-        if planned.baseline is None:
-            return TransformedReward(
-                source,
-                calibrator,
-                ids,
-                planned.transform,
-                planned.beta,
-                procedure=self.recipe.target_procedure,
-                mixture_weight=mixture_weight,
-            )
-        if not is_online(planned.baseline):
-            raise InputError(f"{planned.name} is a loss on stored rollouts, not a reward", where="compare_with",
-                             hint="Choose a transform, or the baseline raw, standardised or log-sigmoid")  # fmt: skip
-        return baseline_reward(
-            planned.baseline, source, calibrator, ids, planned.beta, procedure=self.recipe.target_procedure
+        return planned.method.reward(
+            self.rewards.source(),
+            self.calibrator(),
+            self.prompts("train").ids,
+            planned.beta,
+            procedure=self.recipe.target_procedure,
+            mixture_weight=mixture_weight,
         )
 
     def policy_folder(self, name: str) -> Path:
@@ -110,7 +100,7 @@ class Run:
         prompts = self.prompts("train")
         return prompts[: num_kept(self.recipe, len(prompts))]
 
-    def reshapes(self, planned: PlannedTransform) -> bool:
+    def reshapes(self, planned: PlannedMethod) -> bool:
         """Whether the recipe asks for the reshaping of this method."""
         wanted = self.recipe.reshape
         return wanted.kind != "none" and (wanted.methods == "all" or planned.name == self.planned()[0].name)
@@ -128,10 +118,10 @@ class Run:
                 found.append(EvaluatedPolicy(planned.name, self.policy_folder(planned.name), planned, False))
         return found
 
-    def planned(self) -> list[PlannedTransform]:
-        """The transforms and baselines to align with; known once the plan is made."""
+    def planned(self) -> list[PlannedMethod]:
+        """The methods to align with; known once the plan is made."""
         plan = self.read_json("plan.json")
-        return [PlannedTransform.from_dict(entry) for entry in (*plan["transforms"], *plan.get("baselines", ()))]
+        return [PlannedMethod.from_dict(entry) for entry in (*plan["transforms"], *plan.get("baselines", ()))]
 
     def prompts(self, side: str) -> PromptSet:
         """The prompts of one side: `train` or `evaluation`."""

@@ -1,4 +1,4 @@
-"""Align the reference with one transform or baseline."""
+"""Align the reference with one method."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from infalign.rollouts.fill import compute_logprobs
 from infalign.rollouts.progress import Progress
 from infalign.run_rewards import scored_by_all
 from infalign.stages.card import write_card
-from infalign.stages.planned import PlannedTransform
+from infalign.stages.planned import PlannedMethod
 from infalign.stages.run import Run
 from infalign.training.checkpoints import resuming
 from infalign.training.fresh import FreshRollouts
-from infalign.training.losses import OfflineLoss
-from infalign.training.methods import baseline_loss, solver_loss
 from infalign.training.offline import align_offline
 from infalign.training.online import align
 from infalign.training.pool import RolloutPool, stored_rollouts
 
 
-def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> None:
-    """Align the reference with one transform, by the recipe's solver, or with one baseline."""
+def align_policy(run: Run, planned: PlannedMethod, progress: Progress) -> None:
+    """Align the reference with one method: a transform by the recipe's solver, a comparator by its own."""
     recipe, prompts, training = run.recipe, run.prompts("train"), run.recipe.training
     # The KL that decides the landing is measured on prompts that no update has seen, and so is a reshaping fitted.
     kept = len(run.kept_prompts())
@@ -40,19 +38,19 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
     if processes.is_main():
         for told in resuming(out, training.steps):
             run.say(f"  {told}")
-    if planned.trains_online(training.solver):
+    solver = planned.method.solved_by(training.solver)
+    if solver == "online":
         reward = run.transformed_reward(planned, mixture_weight=planned.mixture_weight)
         landing = align(run.reference, out, prompts[kept:], reward, **common, **training.online).landing
     else:
-        mixed = planned.baseline is None and training.solver == "mixed"
         landing = align_offline(
             run.reference,
             out,
             _stored_rollouts(run, prompts[kept:], progress),
-            _loss(run, planned),
+            planned.method.loss(planned.beta, training.solver),
             rollouts_per_step=training.prompts_per_step * training.num_generations,
             trainer=training.offline,
-            fresh=_fresh_rollouts(run, planned) if mixed else None,
+            fresh=_fresh_rollouts(run, planned) if solver == "mixed" else None,
             **common,
             **training.model_dump(include={"steps", "learning_rate", "lora", "save_steps", "keep_checkpoints"}),
         ).landing
@@ -62,13 +60,7 @@ def align_policy(run: Run, planned: PlannedTransform, progress: Progress) -> Non
         write_card(run, planned, None)
 
 
-def _loss(run: Run, planned: PlannedTransform) -> OfflineLoss:
-    if planned.baseline is not None:
-        return baseline_loss(planned.baseline, planned.beta)
-    return solver_loss(run.recipe.training.solver, planned.transform, planned.beta)
-
-
-def _fresh_rollouts(run: Run, planned: PlannedTransform) -> FreshRollouts:
+def _fresh_rollouts(run: Run, planned: PlannedMethod) -> FreshRollouts:
     training = run.recipe.training
     return FreshRollouts(
         run.transformed_reward(planned),

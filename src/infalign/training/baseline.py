@@ -48,9 +48,9 @@ class BaselineTrainer(SequenceTrainer):
         assert self.model is not None, "held by the trainer"
         if not self.model.training or not isinstance(source, TransformedReward):
             return super()._generate_and_score_completions(inputs)
-        # Before the rewards are asked for: a transform that follows the policy changes with every step.
-        log_z_B = torch.tensor(source.log_normalizer([row["prompt_id"] for row in inputs]))
         output = super()._generate_and_score_completions(inputs)
+        assert source.paid is not None, "these rollouts have just been paid"
+        log_z_B = torch.tensor(source.paid.log_partition_B)
         first = self.accelerator.process_index * len(inputs)
         reward_B = self._rewards[first : first + len(inputs), 0]
         softened = softened_log_ratio(self.log_ratio_B.double().cpu().numpy(), source.mixture_weight)

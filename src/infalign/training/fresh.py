@@ -24,7 +24,6 @@ from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training.losses import OfflineLoss
 from infalign.training.pool import RolloutPool, level_counts_of
 from infalign.training.reward import TransformedReward
-from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.stream import ExampleStream
 
 
@@ -71,8 +70,7 @@ class FreshRollouts(TrainerCallback):
         self._max_new_tokens, self._seed = max_new_tokens, seed
         self.num_prompts = min(self.num_prompts, len(self._prompts))
         self.reward.take_columns_from(self._prompts)
-        if isinstance(self.reward.transform, SelfConsistentTransform):
-            self.reward.transform.restart()  # a stopped training takes in its rounds again, in order
+        self.reward.restart()  # a stopped training takes in its rounds again, in order
         data.refresh_every(self.every)
 
     def restore(self, step: int, steps: int) -> None:
@@ -123,7 +121,7 @@ class FreshRollouts(TrainerCallback):
         )
         self.kl = float((store.column_PK("logprob", ids, self.num_samples).ravel() - ref_logprobs_R).mean())
         self._data.add(pool, self._loss.examples(pool))
-        if isinstance(self.reward.transform, SelfConsistentTransform):
+        if self.reward.follower is not None:
             self.reward.follow(ranked)
             self._data.retarget(window, lambda seen: self._loss.examples(seen).targets_N)
 

@@ -1,21 +1,23 @@
 """What an offline loss is: which rollouts it looks at together, and a number for each such example.
 
-The two solvers of M2's objective are here; the baselines are in `baselines.py`. Losses are functions of log-ratios
+The two solvers of M2's objective are here; those of comparators are in `methods/`. Losses are functions of log-ratios
 log π(y|x) − log p(y|x) of whole sequences, in nats; sums, never means over tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from infalign.training.pool import Float, Int, RolloutPool, log_weights
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

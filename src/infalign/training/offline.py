@@ -82,7 +82,7 @@ def align_offline(
         policy: Folder or hub name of the reference policy, where training starts.
         out: Folder to write; the model itself goes to `out/model`.
         pool: The stored rollouts.
-        loss: A solver (`losses.py`) or a baseline (`baselines.py`).
+        loss: A solver (`losses.py`) or a comparator (`methods/`).
         max_new_tokens: Cap on a response, for the landing; the same as for the stored rollouts.
         steps: Optimiser steps.
         rollouts_per_step: Rollouts in one step, over all processes and accumulation steps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,14 @@ from infalign.calibration import RewardCalibrator
 from infalign.combined_calibration import CombinedCalibrator
 from infalign.data import Prompt
 from infalign.errors import InputError
-from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.self_consistent import SelfConsistentTransform
+from infalign.training.target import follower_of
 from infalign.training.tilt import log_partition, tilt_by_rank, tilt_of_reward
 from infalign.transforms import RewardTransform
+
+if TYPE_CHECKING:
+    from infalign.rollouts.store import RolloutStore
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -147,8 +151,10 @@ def log_weights(pool: RolloutPool, transform: RewardTransform | SelfConsistentTr
         transform: Φ; a self-consistent one at its present estimate of the policy on each prompt.
         beta: KL coefficient, in units of Φ per nat.
     """
-    if isinstance(transform, SelfConsistentTransform):
-        return _log_weights_of_prompts(pool, transform, beta)
+    following = follower_of(transform)
+    if following is not None:
+        return _log_weights_of_prompts(pool, following, beta)
+    assert isinstance(transform, RewardTransform), "it does not follow"
     out_R = np.empty(len(pool))
     for num_ref in np.unique(pool.num_ref_R):
         of_K = pool.num_ref_R == num_ref

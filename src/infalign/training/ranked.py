@@ -30,6 +30,7 @@ class RankedRollouts:
         num_ref_B: K of its prompt.
         rank_B: Its rank in 0..K by the calibrator's tie rule.
         tied_B: With how many references it shares that rank: `equal_B` with mid-ranks, 0 where the rule resolves ties.
+        raw_B: The rewards that were compared; of M sources together shape (B, M). None where they are not kept.
     """
 
     prompt_B: NDArray[np.int64]  # noqa: N815
@@ -38,6 +39,7 @@ class RankedRollouts:
     num_ref_B: NDArray[np.int64]  # noqa: N815
     rank_B: Float  # noqa: N815
     tied_B: NDArray[np.int64]  # noqa: N815
+    raw_B: Float | None = None  # noqa: N815
 
     def __len__(self) -> int:
         return len(self.prompt_B)
@@ -49,12 +51,16 @@ class RankedRollouts:
 
     def part(self, which: Any) -> RankedRollouts:
         """Some of them, by a slice or a mask."""
-        return RankedRollouts(*(getattr(self, field.name)[which] for field in fields(self)))
+        return RankedRollouts(**{name: array[which] for name, array in self._arrays().items()})
 
     def followed_by(self, more: RankedRollouts) -> RankedRollouts:
-        """These, then more."""
-        both = [(getattr(self, field.name), getattr(more, field.name)) for field in fields(self)]
-        return RankedRollouts(*(np.concatenate(pair) for pair in both))
+        """These, then more; raw rewards are kept where both have them."""
+        first, second = self._arrays(), more._arrays()
+        return RankedRollouts(**{name: np.concatenate([first[name], second[name]]) for name in first if name in second})
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in found.items() if array is not None}
 
     def cdf(self, at_U: Float) -> Float:
         """Their distribution over [0, 1], each spread evenly over the `tied` + 1 cells of K + 1 that it fills."""
@@ -62,18 +68,20 @@ class RankedRollouts:
         return np.clip(cells_BU / (self.tied_B[:, None] + 1.0), 0.0, 1.0).mean(axis=0)
 
     def to_lists(self) -> dict[str, list[Any]]:
-        """JSON-able."""
-        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        """How they rank, JSON-able; without the raw rewards."""
+        return {name: array.tolist() for name, array in self._arrays().items() if name != "raw_B"}
 
     @classmethod
     def from_lists(cls, content: Mapping[str, Any]) -> RankedRollouts:
         """Inverse of `to_lists`."""
-        whole = {name: np.array(values, dtype=np.int64) for name, values in content.items() if name != "rank_B"}
-        return cls(**whole, rank_B=np.array(content["rank_B"], dtype=np.float64))
+        kinds = {"rank_B": np.float64}  # the others are counts
+        arrays: dict[str, Any] = {name: np.array(list_B, kinds.get(name, np.int64)) for name, list_B in content.items()}
+        return cls(**arrays)
 
     def of_all_processes(self) -> RankedRollouts:
         """The same of all processes that take part in this training, each rollout once; in the order of the batch."""
-        return RankedRollouts(*gathered([getattr(self, field.name) for field in fields(self)]))
+        mine = self._arrays()
+        return RankedRollouts(**dict(zip(mine, gathered(list(mine.values())), strict=True)))
 
     @property
     def tie_mass(self) -> float:

@@ -1,12 +1,14 @@
 """Score → calibrate → transform: what RL maximises, as a TRL reward function.
 
 The object here goes unchanged into any trainer that calls `reward(prompts=…, completions=…, **columns)`, such as
-TRL's `RLOOTrainer` and `GRPOTrainer`; the data set only needs a `prompt_id` column.
+TRL's `RLOOTrainer` and `GRPOTrainer`; the data set only needs a `prompt_id` column. What it pays is said by its target
+(`target.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,38 @@ from infalign.errors import InputError, RewardError
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.rewards import RewardSource
 from infalign.rollouts.score import column_names, columns_of
-from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.drop_in import calling_trainer, texts_in_context, warn_of_settings
-from infalign.training.mixture import check_weight, mixture_log_partition
-from infalign.training.rank_value import RankTable
+from infalign.training.mixture import check_weight
 from infalign.training.ranked import RankedRollouts
-from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.training.tilt import tilt_by_rank, tilt_of_reward
-from infalign.transforms import RewardTransform
+from infalign.training.target import Maximised, Scale, Target, Utility, follower_of, levels_of, target_of
 
 Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Paid:
+    """Some rollouts, compared once with their references, and the target that they are paid by.
+
+    What they are paid and the log Z that belongs to it both come from here, in whatever order they are asked for, also
+    after the target of the next step is another one.
+
+    Attributes:
+        ranked: The comparison.
+        target: The target at the time.
+    """
+
+    ranked: RankedRollouts
+    target: Target
+
+    @property
+    def nats_B(self) -> Float:  # noqa: N802
+        """What each rollout is paid, in nats."""
+        return self.target.nats(self.ranked)
+
+    @property
+    def log_partition_B(self) -> Float:  # noqa: N802
+        """Log Z on each one's prompt, in nats."""
+        return self.target.log_partition(self.ranked.prompt_B)
 
 
 class TransformedReward:
@@ -45,15 +69,18 @@ class TransformedReward:
         source: Scores responses; a `CombinedReward` gives several rewards each.
         calibrator: Fitted on the reference policy's rewards, one row per prompt; a `CombinedCalibrator` for several.
         prompt_ids: The prompt id of each of the calibrator's rows.
-        transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next.
+        transform: Φ; a `SelfConsistentTransform` follows the policy from one call to the next. Or the utility of a
+            comparator, which is paid for raw rewards (`methods/`).
         beta: β > 0, in units of Φ per nat. May be changed during training (`reward.beta = …`).
         procedure: What the policy will be used through, for the win rate in the log; a `SelfConsistentTransform` knows.
         mixture_weight: ε in (0, 1], below 1 for training inside a mixture with the reference (M19): the policy's share.
             By default a `SelfConsistentTransform`'s own, else 1.
 
     Attributes:
+        follower: The transform, if it follows the policy; else None.
         strength: Share of the tilt that is in force, in (0, 1]; below 1 while training anneals (`steering.py`).
         tilt_cap: Most nats that a tilt may lie above log Z (`tilt.py`); None for no cap.
+        paid: The rollouts of this process that were scored last, and the target that they were paid by.
         ranked: How the rollouts scored last stand among the references; those of all processes in a training.
         win_rate: Their estimated inference-time win rate (M10); None where they are too few.
 
@@ -66,7 +93,7 @@ class TransformedReward:
         source: RewardSource,
         calibrator: RewardCalibrator | CombinedCalibrator,
         prompt_ids: Sequence[str],
-        transform: RewardTransform | SelfConsistentTransform,
+        transform: Maximised,
         beta: float,
         *,
         procedure: InferenceProcedure | None = None,
@@ -81,22 +108,27 @@ class TransformedReward:
         self.source = source
         self.calibrator = calibrator
         self.transform = transform
-        own_weight = transform.weight if isinstance(transform, SelfConsistentTransform) else 1.0
+        self.follower = follower_of(transform)
+        own_weight = 1.0 if self.follower is None else self.follower.weight
         self.mixture_weight = check_weight(own_weight if mixture_weight is None else mixture_weight)
-        if isinstance(transform, SelfConsistentTransform):
-            transform.weight = self.mixture_weight
+        self.procedure = procedure
+        if self.follower is not None:
+            self.follower.weight = self.mixture_weight
+            self.procedure = self.follower.procedure
         self._prompt_of: dict[str, Prompt] = {}
         self._columns: list[str] = []
-        self.procedure = transform.procedure if isinstance(transform, SelfConsistentTransform) else procedure
+        self.paid: Paid | None = None
         self.ranked: RankedRollouts | None = None
         self.win_rate: float | None = None
         self._checked = False  # whether the calling trainer's settings have been looked at
         self._row_of = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
-        self._levels_of_row: dict[int, NDArray[np.int64]] = {}
+        self._levels = levels_of(calibrator)
+        self._target: Target | None = None  # made when it is first needed
         self._strength = 1.0
         self._tilt_cap: float | None = None
         self.beta = beta
-        self.__name__ = f"{transform.label} transformed reward"  # the name TRL logs it under
+        kind = "reward" if isinstance(transform, Utility) else "transformed reward"
+        self.__name__ = f"{transform.label} {kind}"  # the name TRL logs it under
 
     @property
     def beta(self) -> float:
@@ -108,7 +140,7 @@ class TransformedReward:
         if not (np.isfinite(beta) and beta > 0):
             raise InputError(f"beta must be a positive number, not {beta}", where="TransformedReward")
         self._beta = float(beta)
-        self._forget_tilts()
+        self._target = None
 
     @property
     def strength(self) -> float:
@@ -119,7 +151,7 @@ class TransformedReward:
     def strength(self, strength: float) -> None:
         if strength != self._strength:
             self._strength = strength
-            self._forget_tilts()
+            self._target = None
 
     @property
     def tilt_cap(self) -> float | None:
@@ -131,7 +163,7 @@ class TransformedReward:
         if cap is not None and not (np.isfinite(cap) and cap > 0):
             raise InputError(f"tilt_cap must be a positive number of nats, not {cap}", where="TransformedReward")
         self._tilt_cap = cap
-        self._forget_tilts()
+        self._target = None
 
     def take_columns_from(self, prompts: Sequence[Prompt]) -> None:
         """Give the source the columns of these prompts' rows, as scoring a store does, not those of a data set."""
@@ -142,33 +174,25 @@ class TransformedReward:
         """Calibrated rewards C in [0, 1] (M5) of raw `rewards`, shape (B,), or (B, M) of several sources."""
         return self.calibrator.calibrate(rewards, prompt_index=self.rows(prompt_id))
 
-    def tilt(self, rewards: Float, prompt_id: Sequence[str], ranked: RankedRollouts | None = None) -> Float:
-        """Φ_K(b)/β in nats (M6, M17), times `strength`, shape (B,).
+    @property
+    def target(self) -> Target:
+        """What a response would be paid now: at the present β, strength, cap and estimate of the policy."""
+        if self._target is None:
+            scale = Scale(self.beta, self.strength, self.tilt_cap, self.mixture_weight)
+            self._target = target_of(self.transform, self.calibrator, scale, self._levels)
+        return self._target
 
-        Args:
-            rewards: Raw rewards, as in `calibrate`.
-            prompt_id: The prompt of each.
-            ranked: What `rank` gave for them, where they have been compared already.
-        """
-        found = self.rank(rewards, prompt_id) if ranked is None else ranked
-        out_B = np.empty(len(found))
-        if isinstance(self.transform, SelfConsistentTransform):
-            for row in np.unique(found.prompt_B):
-                of_row = found.prompt_B == row
-                out_B[of_row] = self._tilt_table(int(row)).at(found.first_B[of_row], found.tied_B[of_row])
-            return out_B
-        for num_ref in np.unique(found.num_ref_B):
-            of_K = found.num_ref_B == num_ref
-            out_B[of_K] = tilt_at_ranks(self._tilt_by_rank(int(num_ref)), 1.0, found.rank_B[of_K], found.tied_B[of_K])
-        return out_B
+    def pay(self, rewards: Float, prompt_id: Sequence[str]) -> Paid:
+        """Compare raw `rewards`, as in `calibrate`, with their prompts' references, once, and pay by the target."""
+        return Paid(self.rank(rewards, prompt_id), self.target)
+
+    def tilt(self, rewards: Float, prompt_id: Sequence[str]) -> Float:
+        """Φ_K(b)/β in nats (M6, M17), times `strength`, shape (B,), of raw `rewards` as in `calibrate`."""
+        return self.pay(rewards, prompt_id).nats_B
 
     def log_normalizer(self, prompt_id: Sequence[str]) -> Float:
-        """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6), in nats, shape (B,)."""
-        row_B, weight = self.rows(prompt_id), self.mixture_weight
-        if isinstance(self.transform, SelfConsistentTransform):
-            return np.array([mixture_log_partition(self._tilt_table(int(row)).half_cells, weight) for row in row_B])
-        num_ref_B = self.calibrator.num_ref_P[row_B]
-        return np.array([mixture_log_partition(self._tilt_by_rank(int(k)), weight) for k in num_ref_B])
+        """Log Z = log E_p exp(Φ_K(b)/β) of each prompt (M6) by the present target, in nats, shape (B,)."""
+        return self.target.log_partition(self.rows(prompt_id))
 
     def __call__(
         self,
@@ -210,8 +234,8 @@ class TransformedReward:
             known = [self._prompt_of[i] if i in self._prompt_of else Prompt(prompt) for i, prompt in given]
             completions = texts_in_context(trainer, known, completions, columns.get("completion_ids"))
         rewards = self.score(prompts, completions, prompt_id, **columns)
-        ranked = self.rank(rewards, prompt_id)
-        tilt_B = self.tilt(rewards, prompt_id, ranked)
+        paid = self.paid = self.pay(rewards, prompt_id)
+        ranked, nats_B = paid.ranked, paid.nats_B
         # Called by a trainer, every process does this at the same time: the state is then that of all their rollouts.
         self.ranked = ranked if log_metric is None else ranked.of_all_processes()
         own = self.procedure if self.mixture_weight == 1.0 else None  # of the trained model alone
@@ -225,7 +249,7 @@ class TransformedReward:
             if self.win_rate is not None:
                 log_metric("win_rate", self.win_rate)
         self.follow(self.ranked)  # after use: a reward must not depend on its own noise
-        return tilt_B.tolist()
+        return nats_B.tolist()
 
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], prompt_id: Sequence[str], **columns: Any
@@ -261,23 +285,28 @@ class TransformedReward:
         rows = self.rows(prompt_id)
         below_B, equal_B = self.calibrator.compare(rewards, prompt_index=rows)
         rank_B, tied_B = self.calibrator.resolve(below_B, equal_B)
-        return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B, tied_B)
+        return RankedRollouts(rows, below_B, equal_B, self.calibrator.num_ref_P[rows], rank_B, tied_B, rewards)
 
     def follow(self, ranked: RankedRollouts) -> None:
-        """Let a self-consistent transform take in rollouts of the policy; other transforms stay as they are."""
-        if isinstance(self.transform, SelfConsistentTransform):
-            self.transform.update(ranked)
-            self._forget_tilts()
+        """Let a transform that follows the policy take in rollouts of it; others stay as they are."""
+        if self.follower is not None:
+            self.follower.update(ranked)
+            self._target = None
+
+    def restart(self) -> None:
+        """Let a transform that follows the policy begin at the reference again."""
+        if self.follower is not None:
+            self.follower.restart()
+            self._target = None
 
     def state(self) -> dict[str, Any]:
         """What changes during training, JSON-able."""
-        following = self.transform.state() if isinstance(self.transform, SelfConsistentTransform) else None
-        return {"beta": self.beta, "transform": following}
+        return {"beta": self.beta, "transform": None if self.follower is None else self.follower.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        if isinstance(self.transform, SelfConsistentTransform):
-            self.transform.load_state(state.get("transform") or {})
+        if self.follower is not None:
+            self.follower.load_state(state.get("transform") or {})
         self.beta = state["beta"]
 
     def rows(self, prompt_id: Sequence[str]) -> NDArray[np.intp]:
@@ -294,24 +323,3 @@ class TransformedReward:
                 where="TransformedReward",
                 hint="Draw reference rollouts for every training prompt first",
             ) from None
-
-    def _forget_tilts(self) -> None:
-        self._tilt_of_K: dict[int, Float] = {}
-        self._tilt_of_row: dict[int, RankTable] = {}
-
-    def _tilt_by_rank(self, num_ref: int) -> Float:
-        assert not isinstance(self.transform, SelfConsistentTransform), "it has a table for every prompt"
-        if num_ref not in self._tilt_of_K:
-            self._tilt_of_K[num_ref] = self.strength * tilt_by_rank(self.transform, self.beta, num_ref, self.tilt_cap)
-        return self._tilt_of_K[num_ref]
-
-    def _tilt_table(self, row: int) -> RankTable:
-        assert isinstance(self.transform, SelfConsistentTransform), "others have one table for all prompts"
-        if row not in self._tilt_of_row:
-            if row not in self._levels_of_row:
-                self._levels_of_row[row] = self.calibrator.level_counts(row)
-            # A tie rule that decides ties leaves no levels: every rank is then its own.
-            levels = self._levels_of_row[row] if self.calibrator.ties == "midrank" else None
-            reward = self.transform.reward(int(self.calibrator.num_ref_P[row]), row, levels)
-            self._tilt_of_row[row] = tilt_of_reward(reward, self.beta, self.tilt_cap).times(self.strength)
-        return self._tilt_of_row[row]

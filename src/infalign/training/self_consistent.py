@@ -14,6 +14,7 @@ the number of rollouts behind it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,12 @@ class SelfConsistentTransform:
         self.cdf: Float = self.edges.copy()
         self._own: dict[int, tuple[float, Float]] = {}  # of a prompt: weight, and weight × deviation at the knots
         self._waiting: RankedRollouts | None = None  # rollouts of a step that is not complete
+
+    def frozen(self) -> SelfConsistentTransform:
+        """A copy at the present estimate, which later updates of this one leave as it is."""
+        now = copy(self)
+        now._own = dict(self._own)  # everything else is replaced by an update, never changed in place
+        return now
 
     def update(self, ranked: RankedRollouts) -> None:
         """Take in rollouts, of one step or a part of it, each spread evenly over its share of [0, 1]."""
