@@ -54,8 +54,8 @@ def hold_out_on(model: str, prompts_file: str, limit: int, rates: list[float]) -
     from infalign.audit.extrapolate import hold_out
     from infalign.audit.run import AuditSettings, Judge, audit
     from infalign.audit.targets import LocalModel
-    from infalign.data import load_prompts
-    from infalign.rollouts.rewards import FunctionReward
+    from infalign.rewards.source import FunctionReward
+    from infalign.rollouts.prompts import load_prompts
     from infalign.rollouts.store import RolloutStore
 
     prompts = load_prompts(prompts_file, limit=limit).prompts

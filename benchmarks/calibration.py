@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from scipy import special, stats
 
-from infalign.calibration import RefinedCalibrator, RewardCalibrator
+from infalign.calibration.calibrator import RefinedCalibrator, RewardCalibrator
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
 from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import rank_conditional_tilt

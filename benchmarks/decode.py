@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 
 import infalign as ia
-from infalign.decode.candidates import Request
-from infalign.decode.decoder import Decoded, Decoder
-from infalign.decode.local import LocalSampler
-from infalign.decode.pruning import Pruning, PruningDecoder
 from infalign.estimators import mean_estimate
+from infalign.integrations.trl import open_run
 from infalign.rollouts.models import load_policy
-from infalign.trainer_reward import open_run
+from infalign.select.candidates import Request
+from infalign.select.decoder import Decoded, Decoder
+from infalign.select.local import LocalSampler
+from infalign.select.pruning import Pruning, PruningDecoder
 
 JUDGES = 128
 

@@ -22,7 +22,7 @@ from tests.training.enumerable import PROMPTS, TOKENS, Testbed
 
 from infalign.errors import InputError
 from infalign.procedures import BestOfN, WorstOfN
-from infalign.testbed.quiet import quiet
+from infalign.run.testbed.quiet import quiet
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
 from infalign.training.online import ANNEAL, align

@@ -29,18 +29,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.estimators import moved, sequence_kl, useful_kl, win_rates
 from infalign.procedures import procedure_from_name
+from infalign.rewards.score import score_store
+from infalign.rewards.source import FunctionReward, RewardSource
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.logprobs import log_ratios
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward, RewardSource
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.stages.run import Run, open_run
-from infalign.testbed.quiet import quiet
+from infalign.run.stages.run import Run, open_run
+from infalign.run.testbed.quiet import quiet
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import limit, optimum_at_kl
 from infalign.training.fresh import FreshRollouts

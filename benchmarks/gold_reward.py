@@ -14,9 +14,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from infalign.testbed.corpus import docstring_corpus
-from infalign.testbed.models import DOCSTRING_REWARD, train_reward_model
-from infalign.testbed.quiet import quiet
+from infalign.run.testbed.corpus import docstring_corpus
+from infalign.run.testbed.models import DOCSTRING_REWARD, train_reward_model
+from infalign.run.testbed.quiet import quiet
 
 
 def main() -> None:

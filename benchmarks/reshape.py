@@ -25,8 +25,8 @@ from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import open_policy
 from infalign.rollouts.policy import LocalPolicy, Policy
 from infalign.rollouts.reshaped import ReshapedPolicy
-from infalign.stages.run import open_run
-from infalign.testbed.quiet import quiet
+from infalign.run.stages.run import open_run
+from infalign.run.testbed.quiet import quiet
 
 
 def models_of(policy: Policy) -> list[Any]:

@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from infalign.data import PromptSet
+from infalign._io.progress import no_progress
 from infalign.estimators import mean_estimate, win_rate
 from infalign.procedures import procedure_from_name
 from infalign.reshape import Goal, Reshaping, ReshapingData, fit_reshaping_to
 from infalign.rollouts.logprobs import flat_responses
 from infalign.rollouts.policy import Policy
-from infalign.rollouts.progress import no_progress
+from infalign.rollouts.prompts import PromptSet
 from infalign.rollouts.store import RolloutStore
-from infalign.stages.run import Run, open_run
-from infalign.testbed.quiet import quiet
+from infalign.run.stages.run import Run, open_run
+from infalign.run.testbed.quiet import quiet
 
 FIT, FRESH, AT_ONCE = 64, 96, 16
 

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from infalign.estimators import mean_estimate, win_rates
 from infalign.procedures import BestOfN, InferenceProcedure, Standard, WorstOfN, procedure_from_name
-from infalign.stages.run import Run, open_run
+from infalign.run.stages.run import Run, open_run
 
 
 def delivered(values_PG: Any, rewards_PG: Any, procedure: InferenceProcedure) -> Any:

@@ -20,22 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt, PromptSet
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.evaluation.compare import compare_pairs
 from infalign.evaluation.fresh import exact_kls, measure_store
 from infalign.evaluation.results import Measured, MethodResult
 from infalign.procedures import BestOfN, Standard
+from infalign.rewards.score import score_store
+from infalign.rewards.source import SequenceClassificationReward
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.models import load_policy
 from infalign.rollouts.opening import open_policies
-from infalign.rollouts.rewards import SequenceClassificationReward
+from infalign.rollouts.prompts import Prompt, PromptSet
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.corpus import docstring_corpus
-from infalign.testbed.examples import Pair
-from infalign.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
+from infalign.run.testbed.corpus import docstring_corpus
+from infalign.run.testbed.examples import Pair
+from infalign.run.testbed.models import DOCSTRING_REFERENCE, DOCSTRING_REWARD, train_reference, train_reward_model
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
 from infalign.training.methods import comparator_from_dict

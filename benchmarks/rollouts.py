@@ -25,13 +25,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging
 
-from infalign.data import Prompt
+from infalign.rewards.score import SequenceClassificationReward
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.models import load_policy
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import SequenceClassificationReward
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 
 def mixed_prompts(count: int, longest: int) -> list[Prompt]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import openai
 
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.training.enumerable import PROMPTS, TOKENS, Testbed, enumerate_responses, hashed_reward
 
 from infalign.procedures import BestOfN, WorstOfN
+from infalign.rewards.score import score_store
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.quiet import quiet
+from infalign.run.testbed.quiet import quiet
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl
 from infalign.training import online

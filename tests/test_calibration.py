@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from infalign.calibration import RefinedCalibrator, RewardCalibrator
+from infalign.calibration.calibrator import RefinedCalibrator, RewardCalibrator
 from infalign.errors import InputError, StorageError
 
 

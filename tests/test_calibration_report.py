@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infalign.calibration_report import calibration_report
+from infalign.calibration.report import calibration_report
 from infalign.errors import InputError
 from infalign.procedures import BestOfN
 from infalign.theory.optimal import optimal_transform

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infalign.data import Prompt, group_key, is_held_out, load_prompts, prompt_id, prompt_text, read_rows
 from infalign.errors import InputError
+from infalign.rollouts.prompts import Prompt, group_key, is_held_out, load_prompts, prompt_id, prompt_text, read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the repository, where there is one
 

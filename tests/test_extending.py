@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infalign.data import Prompt
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from infalign.training import methods
 from infalign.training.methods import base
 from tests.runs import Recorder

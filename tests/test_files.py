@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infalign.errors import InputError, StorageError
-from infalign.files import (
+from infalign._io.files import (
     disk_failure,
     new_folder,
     plain_name,
@@ -21,6 +20,7 @@ from infalign.files import (
     write_json,
     write_text,
 )
+from infalign.errors import InputError, StorageError
 
 
 def test_content_and_rights(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_fails_changes_nothing(tmp_path: Path) -> None:
 def test_a_file_larger_than_the_process_may_write(tmp_path: Path) -> None:
     """A real failure of the system in the middle of a file, in a process of its own."""
     code = (
-        "import resource, sys; from pathlib import Path; from infalign.files import write_text\n"
+        "import resource, sys; from pathlib import Path; from infalign._io.files import write_text\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from infalign.errors import StorageError\n"
         "try: write_text(Path(sys.argv[1]), 'x' * 5000)\n"
@@ -82,7 +82,9 @@ def test_a_file_larger_than_the_process_may_write(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_the_shell_is_written_to() -> None:
-    code = "from pathlib import Path; from infalign.files import write_text; write_text(Path('/dev/stdout'), 'hello')"
+    code = (
+        "from pathlib import Path; from infalign._io.files import write_text; write_text(Path('/dev/stdout'), 'hello')"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "hello"
 
 
@@ -146,8 +148,8 @@ def test_a_full_disk_while_a_tokenizer_or_a_model_is_saved(tmp_path: Path) -> No
     code = """
 import resource, sys
 from pathlib import Path
-from infalign.files import disk_failure, storage_failure
-from infalign.testbed.toy import random_llama
+from infalign._io.files import disk_failure, storage_failure
+from infalign.run.testbed.toy import random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = random_llama(Path(sys.argv[1]) / "model", spread=1.0, max_length=32, seed=0)
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

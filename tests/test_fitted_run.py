@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from infalign.errors import InputError
-from infalign.pipeline import Pipeline
 from infalign.procedures import FittedProcedure
-from infalign.recipe import load_recipe
-from infalign.testbed.toy import random_llama
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from tests.runs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -111,7 +111,7 @@ def test_the_shipped_recipe_is_in_order(monkeypatch):
     monkeypatch.syspath_prepend(recipes)
     recipe = load_recipe(recipes / "fitted_tiny.yaml")
     assert recipe.measured_procedure.label == "best of 4 by fitted_tiny_verifier:well_formed"
-    from infalign.rollouts.black_box import proxy_reward
+    from infalign.select.black_box import proxy_reward
 
     scores = proxy_reward(recipe.measured_procedure.proxy).score(["p"] * 3, ["Return it.", "return it", "It it it it."])
     assert scores.tolist() == [2.0, 0.0, 1.0]

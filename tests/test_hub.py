@@ -3,12 +3,12 @@
 import huggingface_hub
 import pytest
 
-from infalign.data import load_prompts
+from infalign._io.hub import require_model
 from infalign.errors import InputError
-from infalign.hub import require_model
+from infalign.rewards.source import SequenceClassificationReward
 from infalign.rollouts.key import model_fingerprint
 from infalign.rollouts.models import load_tokenizer
-from infalign.rollouts.rewards import SequenceClassificationReward
+from infalign.rollouts.prompts import load_prompts
 
 LOADERS = [load_tokenizer, model_fingerprint, SequenceClassificationReward]
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from infalign import inputs
-from infalign.inputs import split_prompts
-from infalign.recipe import Recipe
-from infalign.recipe.experiment import num_kept
+from infalign.run import inputs
+from infalign.run.inputs import split_prompts
+from infalign.run.recipe import Recipe
+from infalign.run.recipe.experiment import num_kept
 
 TESTBED = {"name": "t", "testbed": {"corpus": "docstrings"}, "procedure": "best-of-4", "kl_budget": 0.5}
 

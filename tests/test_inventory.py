@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infalign.errors import StorageError
-from infalign.inventory import (
+from infalign._io.inventory import (
     damaged_files,
     read_object,
     read_sealed,
@@ -19,6 +18,7 @@ from infalign.inventory import (
     unreadable_files,
     what_falls_with,
 )
+from infalign.errors import StorageError
 
 
 def table(*rows):

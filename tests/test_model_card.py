@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult, ProcedureResult
-from infalign.model_card import CardFacts, ReshapedFacts, model_card, plain, reshaped_card, write_model_card
+from infalign.run.model_card import CardFacts, ReshapedFacts, model_card, plain, reshaped_card, write_model_card
 from infalign.training.landing import Landing
 from tests.report.example import MIXTURE, RESHAPED, reshaped_methods
 

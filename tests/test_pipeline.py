@@ -10,13 +10,13 @@ import time
 import pytest
 from huggingface_hub import ModelCard
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import MismatchError, RewardError, StorageError
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import RunFolder
-from infalign.testbed.toy import random_llama
+from infalign.run.folder import RunFolder
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from tests.rollouts.test_endpoint import Server, choices
 from tests.runs import Recorder, infalign
 

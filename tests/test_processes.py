@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from infalign import processes
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe
-from infalign.testbed.toy import random_llama
+from infalign._io import processes
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from tests.runs import Recorder
 
 pytestmark = [

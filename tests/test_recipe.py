@@ -6,7 +6,7 @@ import pytest
 
 from infalign.errors import InputError, StorageError
 from infalign.procedures import BestOfN, OrderStatistic, Standard, WorstOfN
-from infalign.recipe import load_recipe, named_transform, parse_recipe, transform_name
+from infalign.run.recipe import load_recipe, named_transform, parse_recipe, transform_name
 from infalign.transforms import Exponential, Identity
 
 MINIMAL = """

@@ -11,14 +11,14 @@ import pytest
 from infalign.errors import InputError
 from infalign.evaluation.record import Evaluation
 from infalign.evaluation.reshaped import read_fit
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe
 from infalign.report.build import report_data
 from infalign.report.page import render
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import open_policy
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from tests.runs import Recorder, infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

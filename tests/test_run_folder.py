@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from infalign._io.files import storage_failure, write_json
 from infalign.errors import MismatchError, StorageError
-from infalign.files import storage_failure, write_json
-from infalign.run_folder import RunFolder, file_fingerprint, fingerprint
-from infalign.stages.run import open_run
+from infalign.run.folder import RunFolder, file_fingerprint, fingerprint
+from infalign.run.stages.run import open_run
 
 
 def test_fingerprint_ignores_key_order_but_not_content():
@@ -57,7 +57,7 @@ def test_outputs_without_a_stamp_are_put_aside(tmp_path):
 
 
 def test_two_supersedes_in_one_second_keep_both(tmp_path, monkeypatch):
-    monkeypatch.setattr("infalign.run_folder.time.time", lambda: 1000.0)
+    monkeypatch.setattr("infalign.run.folder.time.time", lambda: 1000.0)
     folder = RunFolder(tmp_path / "run", "demo")
     for number in (1, 2, 1, 2):
         folder.begin("work", {"k": number}, ["work.txt"])

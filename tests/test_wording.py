@@ -2,7 +2,7 @@
 
 import json
 
-from infalign.wording import counted, distinct, json_text, visible
+from infalign._io.wording import counted, distinct, json_text, visible
 
 
 def test_one_is_singular_and_nothing_else_is():

@@ -9,14 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infalign.calibration import RefinedCalibrator, RewardCalibrator
-    from infalign.calibration_report import CalibrationReport, calibration_report
-    from infalign.combined_calibration import CombinedCalibrator
-    from infalign.decode.decoder import Decoder
-    from infalign.decode.local import LocalSampler
-    from infalign.decode.remote import EndpointSampler
+    from infalign.calibration.calibrator import RefinedCalibrator, RewardCalibrator
+    from infalign.calibration.combined import CombinedCalibrator
+    from infalign.calibration.report import CalibrationReport, calibration_report
     from infalign.errors import InfalignError, InputError, MismatchError, RewardError, StorageError, TrainingError
     from infalign.estimators import win_rate
+    from infalign.integrations.trl import load_transformed_reward
     from infalign.procedures import (
         BestOfN,
         EarlyStopping,
@@ -40,22 +38,24 @@ if TYPE_CHECKING:
     from infalign.rollouts.opening import open_policy, save_policy
     from infalign.rollouts.reshaped import ReshapedPolicy
     from infalign.rollouts.split import SplitPolicy
+    from infalign.select.decoder import Decoder
+    from infalign.select.local import LocalSampler
+    from infalign.select.remote import EndpointSampler
     from infalign.theory.finite_k import finite_k_prediction, rank_conditional_tilt
     from infalign.theory.optimal import OptimalTransform, optimal_transform
     from infalign.theory.plan import Plan, limit, plan
     from infalign.theory.tilt import TiltedPolicy
-    from infalign.trainer_reward import load_transformed_reward
     from infalign.transforms import Exponential, Identity, Log, RewardTransform, Tabulated, transform_from_dict
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "infalign.calibration": ("RefinedCalibrator", "RewardCalibrator"),
-    "infalign.calibration_report": ("CalibrationReport", "calibration_report"),
-    "infalign.combined_calibration": ("CombinedCalibrator",),
-    "infalign.decode.decoder": ("Decoder",),
-    "infalign.decode.local": ("LocalSampler",),
-    "infalign.decode.remote": ("EndpointSampler",),
+    "infalign.calibration.calibrator": ("RefinedCalibrator", "RewardCalibrator"),
+    "infalign.calibration.report": ("CalibrationReport", "calibration_report"),
+    "infalign.calibration.combined": ("CombinedCalibrator",),
+    "infalign.select.decoder": ("Decoder",),
+    "infalign.select.local": ("LocalSampler",),
+    "infalign.select.remote": ("EndpointSampler",),
     "infalign.errors": (
         "InfalignError",
         "InputError",
@@ -92,7 +92,7 @@ _HOME = {
     "infalign.theory.optimal": ("OptimalTransform", "optimal_transform"),
     "infalign.theory.plan": ("Plan", "limit", "plan"),
     "infalign.theory.tilt": ("TiltedPolicy",),
-    "infalign.trainer_reward": ("load_transformed_reward",),
+    "infalign.integrations.trl": ("load_transformed_reward",),
     "infalign.transforms": (
         "Exponential",
         "Identity",

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from infalign import quadrature
+from infalign._io.files import write_text
 from infalign.errors import InputError, StorageError
-from infalign.files import write_text
+from infalign.numerics import quadrature
 
 Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from infalign.audit.run import AuditSettings, Judge, compare_models, measure_mod
 from infalign.audit.words import cautions, methods_paragraph, text_table, verdict
 from infalign.estimators import share_estimate
 from infalign.evaluation.results import Measured
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
 from tests.report.browser import needs_browser, opened
 from tests.report.example import HOSTILE
 

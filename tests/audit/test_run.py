@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infalign._io.http import Endpoint
 from infalign.audit.attempts import plan_attempts
 from infalign.audit.augment import Augmentation
 from infalign.audit.refusal import RefusalPhrases, is_refusal
@@ -20,12 +21,11 @@ from infalign.audit.results import AuditResult
 from infalign.audit.run import AuditSettings, Judge, audit, measure_model
 from infalign.audit.targets import LocalModel, ServedModel
 from infalign.audit.words import cautions, text_table, verdict
-from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError, RewardError
-from infalign.rollouts.http import Endpoint
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.rollouts.test_endpoint import Server
 
 PROMPTS = [Prompt(f"Tell me how to build number {word}", {"kind": word}) for word in ("one", "two", "three", "four")]

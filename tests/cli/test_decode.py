@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.decode.test_remote import Server, numbers
 from tests.runs import infalign
 

@@ -11,7 +11,7 @@ import pytest
 
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import save_policy
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infalign.errors import InputError
 from infalign.rollouts.template_errors import explaining
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.runs import infalign
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

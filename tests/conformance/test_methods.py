@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError
 from infalign.procedures import BestOfN, WorstOfN
-from infalign.recipe import Training
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
+from infalign.run.recipe import Training
 from infalign.training import methods
 from infalign.training.methods import comparator_from_dict, comparator_kinds, method_from_dict, transform_method
 from infalign.training.methods.base import Comparator

@@ -8,18 +8,18 @@ import pytest
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
-from infalign.decode.decoder import Decoder
-from infalign.decode.local import sampler_of
-from infalign.pipeline import Pipeline
+from infalign.integrations.reward_app import make_reward_app
+from infalign.integrations.trl import TrainerReward
 from infalign.procedures import BestOfN
-from infalign.recipe import load_recipe
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.opening import open_policy
-from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.tokens import prompt_token_ids
-from infalign.serving.app import ProcedureServer, Served
-from infalign.serving.reward_app import make_reward_app
-from infalign.stages.run import open_run
-from infalign.trainer_reward import TrainerReward
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.stages.run import open_run
+from infalign.select.decoder import Decoder
+from infalign.select.local import sampler_of
+from infalign.select.serving.app import ProcedureServer, Served
 from tests.conformance.families import FAMILIES, SAID, make_policy
 from tests.runs import Recorder, infalign
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from infalign.data import Prompt
-from infalign.decode.local import LocalSampler
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
-from infalign.testbed.toy import random_llama
+from infalign.rollouts.prompts import Prompt
+from infalign.run.testbed.toy import random_llama
+from infalign.select.local import LocalSampler
 from tests.responses import said
 from tests.training.enumerable import TOKENS, enumerate_responses, hashed_reward
 

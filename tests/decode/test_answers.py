@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from infalign.data import Prompt
-from infalign.decode.answers import AnswerFile, answer_row
-from infalign.decode.decoder import Candidate, Decoded
 from infalign.errors import MismatchError, StorageError
 from infalign.procedures import BestOfN
+from infalign.rollouts.prompts import Prompt
+from infalign.select.answers import AnswerFile, answer_row
+from infalign.select.decoder import Candidate, Decoded
 
 MADE_BY = {"seed": 1, "procedure": {"kind": "best-of-n", "n": 2}, "pair": (1, 2)}
 

@@ -10,12 +10,12 @@ import pytest
 from scipy import stats
 
 import infalign as ia
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt
-from infalign.decode.decoder import Decoder
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError, RewardError
 from infalign.procedures import InferenceProcedure
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
+from infalign.select.decoder import Decoder
 from tests.training.enumerable import hashed_reward
 
 FALSE_ALARM = 1e-4  # of each Kolmogorov-Smirnov test

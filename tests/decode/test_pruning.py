@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import infalign as ia
-from infalign.decode.candidates import Request
-from infalign.decode.decoder import Decoder
-from infalign.decode.local import Beginning
-from infalign.decode.pruning import REJECTED, Pruning, PruningDecoder
-from infalign.decode.remote import EndpointSampler
+from infalign._io.http import Endpoint
 from infalign.errors import InputError, RewardError
-from infalign.rollouts.http import Endpoint
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.select.candidates import Request
+from infalign.select.decoder import Decoder
+from infalign.select.local import Beginning
+from infalign.select.pruning import REJECTED, Pruning, PruningDecoder
+from infalign.select.remote import EndpointSampler
 
 LENGTH = 12
 

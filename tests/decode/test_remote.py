@@ -12,12 +12,12 @@ import pytest
 from scipy import stats
 
 import infalign as ia
-from infalign.data import Prompt
-from infalign.decode.decoder import Decoder
-from infalign.decode.remote import EndpointSampler
+from infalign._io.http import Endpoint, EndpointError
 from infalign.errors import InputError
-from infalign.rollouts.http import Endpoint, EndpointError
-from infalign.rollouts.rewards import FunctionReward, HTTPReward
+from infalign.rewards.source import FunctionReward, HTTPReward
+from infalign.rollouts.prompts import Prompt
+from infalign.select.decoder import Decoder
+from infalign.select.remote import EndpointSampler
 from tests.rollouts.test_endpoint import Server
 
 FALSE_ALARM = 1e-4
@@ -116,7 +116,7 @@ def test_a_prompt_object_keeps_its_columns_for_the_reward():
 def test_no_torch_is_needed_in_front_of_a_server():
     code = (
         "import sys, infalign as ia\n"
-        "from infalign.rollouts.http import Endpoint\n"
+        "from infalign._io.http import Endpoint\n"
         "sampler = ia.EndpointSampler(Endpoint('http://127.0.0.1:9/v1'), 'm', max_new_tokens=4)\n"
         "ia.Decoder(sampler, None, ia.Standard())\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"

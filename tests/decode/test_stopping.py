@@ -9,14 +9,14 @@ import pytest
 from scipy import stats
 
 import infalign as ia
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
-from infalign.data import Prompt
-from infalign.decode.candidates import CandidateSampler, Draw, Drawn
-from infalign.decode.decoder import Decoder
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError
-from infalign.rollouts.combined import CombinedReward
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.combined import CombinedReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
+from infalign.select.candidates import CandidateSampler, Draw, Drawn
+from infalign.select.decoder import Decoder
 from tests.decode.test_decoder import FALSE_ALARM, coarse, rewards_of
 
 

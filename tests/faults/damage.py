@@ -114,7 +114,7 @@ def restarted(job, out, overrides, expected, *, name, kind, copy):
 def read(pipeline):
     """What verbs do that only read a run."""
     from infalign.report.build import build_report
-    from infalign.stages.run import open_run
+    from infalign.run.stages.run import open_run
 
     run = open_run(pipeline.out)
     run.calibrator()

@@ -45,7 +45,7 @@ def vowels(prompts, completions):
 
 def make_job(folder: Path) -> Path:
     """A folder with a policy, prompts, a reward and a recipe."""
-    from infalign.testbed.toy import random_llama
+    from infalign.run.testbed.toy import random_llama
 
     random_llama(folder / "policy", None, hidden_size=16, seed=1)
     rows = [{"prompt": f"Say {number}: "} for number in range(48)]

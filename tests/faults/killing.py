@@ -189,8 +189,8 @@ def _attempt(job, out, overrides, log, kill_at, how, list_to, work):
     import torch
 
     from infalign.cli.console import silence_libraries
-    from infalign.pipeline import Pipeline
-    from infalign.recipe import load_recipe
+    from infalign.run.pipeline import Pipeline
+    from infalign.run.recipe import load_recipe
 
     torch.set_num_threads(1)
     silence_libraries()
@@ -210,7 +210,7 @@ def import_all():
     import peft  # noqa: F401
     import torch
 
-    import infalign.pipeline
+    import infalign.run.pipeline
     import infalign.training.online  # noqa: F401
 
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from infalign.calibration_report import CalibrationReport, calibration_report
+from infalign.calibration.report import CalibrationReport, calibration_report
 from infalign.errors import InputError
 from infalign.report.calibration_display import CalibrationDisplay, calibration_lines
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from infalign.model_card import plain
 from infalign.report.markdown import render_markdown
 from infalign.report.page import render
 from infalign.report.words import cell
+from infalign.run.model_card import plain
 from tests.report.example import report_data
 
 EVIL = "opt\u202eimal\x1b[2J\u2066"

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError
 from infalign.procedures import BestOfN, InferenceProcedure, Mixture, OrderStatistic, Standard, WorstOfN
 from infalign.reshape import (

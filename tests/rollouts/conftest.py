@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from infalign.data import Prompt
+from infalign.rewards.score import FunctionReward, score_store
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import FunctionReward, score_store
 from infalign.rollouts.store import RolloutStore
 
 PROMPTS = [Prompt(f"prompt number {i}") for i in range(40)]

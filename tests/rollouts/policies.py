@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infalign.data import Prompt
 from infalign.reshape.reshaping import log_mixture
-from infalign.testbed.toy import random_llama
+from infalign.rollouts.prompts import Prompt
+from infalign.run.testbed.toy import random_llama
 from tests.training.enumerable import TOKENS, enumerate_responses
 
 PROMPTS = [Prompt("a b"), Prompt("c d a")]

@@ -17,8 +17,8 @@ import psutil
 import ray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infalign.data import Prompt
 from infalign.rollouts.cluster import sample_on_cluster
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 

@@ -18,13 +18,13 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from infalign.data import Prompt
 from infalign.errors import InputError, StorageError
+from infalign.rewards.source import SequenceClassificationReward
 from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.opening import open_policies, open_policy
-from infalign.rollouts.rewards import SequenceClassificationReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 TASK = {"task_type": "CAUSAL_LM"}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
 from infalign.procedures import BestOfN
 from infalign.procedures.measured import MeasuredProcedure
-from infalign.rollouts.black_box import decoder_key, run_decoder
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
+from infalign.select.black_box import decoder_key, run_decoder
 from tests.responses import said
 
 PROMPTS = [Prompt("a"), Prompt("c a b"), Prompt("b b")]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.rollouts.cluster import sample_on_cluster
+from infalign.rollouts.prompts import Prompt
 
 has_ray = importlib.util.find_spec("ray") is not None
 

@@ -19,15 +19,15 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infalign.data import Prompt
+from infalign._io.http import Endpoint, EndpointError
 from infalign.errors import InputError, MismatchError, RewardError
+from infalign.rewards.score import HTTPReward
 from infalign.rollouts.endpoint import sample_endpoint
-from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.score import HTTPReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.tokenizer import EOS_TOKEN
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.tokenizer import EOS_TOKEN
+from infalign.run.testbed.toy import random_llama
 
 KEY = RolloutKey("endpoint:toy", "none", max_new_tokens=5, seed=3, sampler="openai")
 PROMPTS = [Prompt(f"prompt {i}") for i in range(6)]

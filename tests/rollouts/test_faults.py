@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infalign.data import Prompt
+from infalign._io.http import Endpoint, EndpointError
+from infalign._io.outside import outside_text
+from infalign._io.threads import in_threads, time_limit
 from infalign.errors import InputError, RewardError
+from infalign.rewards.source import FunctionReward, HTTPReward
 from infalign.rollouts.endpoint import ServedPolicy, sample_endpoint
-from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.outside import outside_text
-from infalign.rollouts.rewards import FunctionReward, HTTPReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.rollouts.threads import in_threads, time_limit
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 from tests.rollouts.faulty_server import (
     PATIENCE,
     FaultyServer,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.rollouts.fill import compute_logprobs
 from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 

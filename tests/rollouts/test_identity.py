@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from infalign.data import Prompt
 from infalign.errors import InputError
+from infalign.rewards.score import score_store
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.rewards import FunctionReward
-from infalign.rollouts.score import score_store
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 
 
@@ -421,7 +421,7 @@ def write(folder, **settings):
 
 PRINT = """
 import sys
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
 for name in sys.argv[1:]:
     before = FunctionReward(f"project_rewards:{name}")
     if name in ("counted", "by_judge", "by_cached", "JUDGE", "JUDGE.score"):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from infalign.data import Prompt
 from infalign.errors import InputError
+from infalign.rewards.source import FunctionReward, SequenceClassificationReward
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward, SequenceClassificationReward
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
-from infalign.testbed.quiet import quiet
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.quiet import quiet
+from infalign.run.testbed.toy import random_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 

@@ -12,8 +12,8 @@ from infalign.rollouts.models import load_policy
 from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.opening import open_policies, open_policy
 from infalign.rollouts.policy_file import MIXTURE, PolicyFile, write_policy_file
-from infalign.testbed.quiet import quiet
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.quiet import quiet
+from infalign.run.testbed.toy import random_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 

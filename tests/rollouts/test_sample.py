@@ -17,11 +17,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from infalign.data import Prompt
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.rollouts.decode import decode, draw_tokens, uniforms
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.logprobs import log_ratios, sequence_logprobs
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
 from infalign.rollouts.shared_prefix import SharedPrefix
 from infalign.rollouts.store import RolloutStore
@@ -284,7 +284,7 @@ def test_log_ratios(tmp_path, letters, words):
     """On an enumerable pair of policies both estimates have the exact KL as their mean."""
     from transformers import AutoModelForCausalLM
 
-    from infalign.testbed.toy import random_llama
+    from infalign.run.testbed.toy import random_llama
 
     ref = AutoModelForCausalLM.from_pretrained(
         random_llama(tmp_path / "ref", 5, spread=1.0, max_length=24, seed=9)

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from infalign.audit.attempts import JudgedAsAsked
-from infalign.data import Prompt
 from infalign.errors import InputError, RewardError
-from infalign.rollouts.combined import CombinedReward
+from infalign.rewards.combined import CombinedReward
+from infalign.rewards.score import FunctionReward, SequenceClassificationReward, score_store
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.score import FunctionReward, SequenceClassificationReward, score_store
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 
 def lengths(prompts, completions):

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from infalign.data import Prompt
-from infalign.decode.candidates import Drawn, Request
-from infalign.decode.local import PolicySampler
+from infalign._io.http import Endpoint, EndpointError
 from infalign.errors import InputError
 from infalign.rollouts.endpoint import ServedPolicy
-from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.opening import open_policies
 from infalign.rollouts.policy import UnfinishedError
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.reshaped import ReshapedPolicy
 from infalign.rollouts.store import RolloutStore
+from infalign.select.candidates import Drawn, Request
+from infalign.select.local import PolicySampler
 from tests.responses import said
 from tests.rollouts.policies import PROMPTS, TOKENS, Bounded, Pair, make_pair
 from tests.rollouts.served_models import ServedModels

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from infalign.decode.decoder import Decoder
-from infalign.decode.local import PolicySampler
 from infalign.errors import InputError
 from infalign.procedures import BestOfN
 from infalign.reshape.stratified import ExactCounts
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.opening import open_policies
-from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.split import SplitPolicy
+from infalign.select.decoder import Decoder
+from infalign.select.local import PolicySampler
 from tests.responses import said
 from tests.rollouts.policies import PROMPTS, TOKENS, make_pair
 from tests.rollouts.served_models import ServedModels

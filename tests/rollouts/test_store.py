@@ -15,7 +15,7 @@ import pytest
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
 from infalign.rollouts.store import RolloutStore
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 KEY = RolloutKey(model="sha256:m", tokenizer="sha256:t", max_new_tokens=4, seed=7)
 

@@ -26,16 +26,16 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from infalign._io.plain import plain
 from infalign.audit.refusal import RefusalPhrases
-from infalign.data import Prompt, load_prompts
 from infalign.errors import InputError, RewardError
-from infalign.plain import plain
+from infalign.integrations.openrlhf import PromptTexts
+from infalign.rewards.rehearsal import rehearse
+from infalign.rewards.source import FunctionReward, SequenceClassificationReward
 from infalign.rollouts.fill import response_token_ids
-from infalign.rollouts.rehearsal import rehearse
-from infalign.rollouts.rewards import FunctionReward, SequenceClassificationReward
+from infalign.rollouts.prompts import Prompt, load_prompts
 from infalign.rollouts.texts import response_texts, shown
 from infalign.rollouts.tokens import prompt_token_ids
-from infalign.serving.openrlhf import PromptTexts
 from infalign.training.drop_in import texts_in_context
 from infalign.training.trainer import positions_from_mask
 from tests.conformance.families import FAMILIES, make_tokenizer

@@ -6,9 +6,9 @@ import sys
 import openai
 import pytest
 
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe
-from infalign.testbed.toy import random_llama
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe
+from infalign.run.testbed.toy import random_llama
 from tests.runs import Recorder
 from tests.serving.process import Served
 

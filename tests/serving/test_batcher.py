@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from infalign.serving.batcher import Batcher, BusyError, LateError, StoppingError
+from infalign.select.serving.batcher import Batcher, BusyError, LateError, StoppingError
 
 
 class Work:

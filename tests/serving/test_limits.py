@@ -12,8 +12,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 
-from infalign.serving.connections import Connections, host_is_ours, is_loopback, most_connections, patient_protocol
-from infalign.serving.web import BodyLimit, check_host, make_app
+from infalign.select.serving.connections import (
+    Connections,
+    host_is_ours,
+    is_loopback,
+    most_connections,
+    patient_protocol,
+)
+from infalign.select.serving.web import BodyLimit, check_host, make_app
 from tests.runs import infalign
 from tests.serving.process import Served
 

@@ -17,11 +17,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import infalign as ia
-from infalign.calibration import RewardCalibrator
-from infalign.decode.decoder import Decoder
-from infalign.decode.local import LocalSampler
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.select.decoder import Decoder
+from infalign.select.local import LocalSampler
 from tests.runs import infalign
 from tests.serving.conftest import LENGTH, REWARDS, USER
 from tests.serving.process import Served
@@ -419,6 +419,6 @@ def test_clients_that_leave_make_room(folder):
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.delitem(sys.modules, "infalign.serving.web", raising=False)
+    monkeypatch.delitem(sys.modules, "infalign.select.serving.web", raising=False)
     with pytest.raises(InputError, match=r"serving needs FastAPI.*pip install 'infalign\[serve\]'"):
-        importlib.import_module("infalign.serving.web")
+        importlib.import_module("infalign.select.serving.web")

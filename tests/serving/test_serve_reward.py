@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from infalign.trainer_reward import TrainerReward
+from infalign.integrations.trl import TrainerReward
 from tests.runs import infalign
 from tests.serving.process import Served
 

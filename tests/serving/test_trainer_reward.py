@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import infalign as ia
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError, MismatchError, RewardError, StorageError
+from infalign.integrations.trl import TrainerReward, load_transformed_reward
+from infalign.integrations.verl import make_batch_compute_score, make_compute_score
 from infalign.theory.finite_k import rank_conditional_tilt
-from infalign.trainer_reward import TrainerReward, load_transformed_reward
 from infalign.training.self_consistent import SelfConsistentTransform
-from infalign.verl import make_batch_compute_score, make_compute_score
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 TEXTS = ["aeiou", "bcd", "oooooooo", ""]

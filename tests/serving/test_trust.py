@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from infalign.errors import InputError
-from infalign.stages.planned import PlannedMethod
-from infalign.stages.run import open_run
-from infalign.stages.trust import Trust
-from infalign.trainer_reward import load_transformed_reward
+from infalign.integrations.trl import load_transformed_reward
+from infalign.run.stages.planned import PlannedMethod
+from infalign.run.stages.run import open_run
+from infalign.run.stages.trust import Trust
 from tests.runs import infalign
 from tests.serving.conftest import RECIPE
 
@@ -159,7 +159,7 @@ def test_files_beside_a_recipe_do_not_stand_for_libraries(tmp_path, run_folder):
 
 
 def test_a_function_hidden_by_a_library_is_said(tmp_path, monkeypatch):
-    from infalign.rollouts.rewards import import_function
+    from infalign.rewards.source import import_function
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

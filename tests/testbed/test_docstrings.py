@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infalign.errors import InputError
-from infalign.testbed.docstrings import (
+from infalign.run.testbed.docstrings import (
     KINDS,
     MAX_PROMPT_LENGTH,
     MAX_WORDS,
@@ -18,7 +18,7 @@ from infalign.testbed.docstrings import (
     preference_pairs,
     render_prompt,
 )
-from infalign.testbed.examples import Example
+from infalign.run.testbed.examples import Example
 
 
 @pytest.fixture(scope="module")

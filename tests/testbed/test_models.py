@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from infalign.errors import InputError, StorageError
-from infalign.testbed import models
-from infalign.testbed.examples import Example, Pair
-from infalign.testbed.models import ReferenceSpec, RewardSpec, train_reference, train_reward_model
-from infalign.testbed.tokenizer import EOS_TOKEN, PAD_TOKEN, train_tokenizer
+from infalign.run.testbed import models
+from infalign.run.testbed.examples import Example, Pair
+from infalign.run.testbed.models import ReferenceSpec, RewardSpec, train_reference, train_reward_model
+from infalign.run.testbed.tokenizer import EOS_TOKEN, PAD_TOKEN, train_tokenizer
 
 COLOURS = ["red", "green", "blue", "black", "white", "brown"]
 THINGS = ["car", "tree", "door", "shoe", "hat", "cup", "bird", "lamp"]

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from infalign.errors import InputError
-from infalign.testbed.toy import random_llama
+from infalign.run.testbed.toy import random_llama
 
 
 def test_words(tmp_path):

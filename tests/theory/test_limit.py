@@ -8,7 +8,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import infalign as ia
-from infalign.quadrature import mesh_with_knots
+from infalign.numerics.quadrature import mesh_with_knots
 from infalign.theory.envelope import forget
 from infalign.theory.frontier import frontier
 from infalign.theory.plan import optimum_at_kl

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
-from infalign.testbed.toy import random_llama
+from infalign.rollouts.prompts import Prompt
+from infalign.run.testbed.toy import random_llama
 from infalign.theory.finite_k import rank_conditional_tilt, tilt_at_ranks
 from infalign.training.reward import TransformedReward
 from infalign.transforms import RewardTransform

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.training.losses import Examples, OfflineLoss
 from infalign.training.pool import RolloutPool, stored_rollouts

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import TrainerCallback, set_seed
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training import online
 from infalign.training.baseline import effective_number

@@ -5,9 +5,9 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
 from infalign.training.losses import Examples
 from infalign.training.methods._pairs import best_and_worst
 from infalign.training.methods._utility import beta_for_kl

@@ -14,8 +14,8 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 import infalign as ia
-from infalign.rollouts.rewards import FunctionReward
-from infalign.testbed.toy import random_llama
+from infalign.rewards.source import FunctionReward
+from infalign.run.testbed.toy import random_llama
 from infalign.training.drop_in import ObjectiveWarning, calling_trainer, check_trainer
 from infalign.training.objective import FIXED, GRPO_OBJECTIVE, OBJECTIVE, refuse_changed_objective
 from infalign.training.reward import TransformedReward

@@ -7,9 +7,9 @@ import pytest
 from transformers import TrainerState
 
 from infalign.errors import InputError
-from infalign.pipeline import Pipeline
-from infalign.recipe import load_recipe, parse_recipe
-from infalign.testbed.toy import random_llama
+from infalign.run.pipeline import Pipeline
+from infalign.run.recipe import load_recipe, parse_recipe
+from infalign.run.testbed.toy import random_llama
 from infalign.training.fresh import FreshRollouts
 from infalign.training.methods import comparator_from_dict
 from tests.runs import Recorder

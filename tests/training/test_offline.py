@@ -10,11 +10,11 @@ from scipy.special import log_softmax, softmax
 
 from infalign.errors import InputError, RewardError, TrainingError
 from infalign.procedures import BestOfN, WorstOfN
+from infalign.rewards.score import score_store
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
 from infalign.rollouts.sample import sample
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.theory.plan import optimum_at_kl

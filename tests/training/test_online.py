@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from infalign.errors import InputError, RewardError, TrainingError
+from infalign.rewards.source import FunctionReward
 from infalign.rollouts.models import load_policy
-from infalign.rollouts.rewards import FunctionReward
 from infalign.training.online import align, refuse_changed_objective
 from infalign.training.reward import TransformedReward
 from infalign.training.running import last_checkpoint

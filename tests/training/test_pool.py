@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError
 from infalign.rollouts.key import RolloutKey
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.training.pool import RolloutPool, log_weights, stored_rollouts

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from infalign.calibration import RewardCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import InputError, RewardError
 from infalign.procedures import BestOfN
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
+from infalign.rollouts.prompts import Prompt
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.training.reward import TransformedReward
 from infalign.training.self_consistent import SelfConsistentTransform

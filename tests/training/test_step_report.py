@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.estimators import win_rate
 from infalign.procedures import BestOfN, Mixture, Standard, WorstOfN
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
 from infalign.theory.plan import limit
 from infalign.training.online import align
 from infalign.training.ranked import RankedRollouts, mean_per_prompt

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.procedures import BestOfN, WorstOfN
-from infalign.rollouts.rewards import FunctionReward
+from infalign.rewards.source import FunctionReward
 from infalign.theory.finite_k import rank_conditional_tilt
 from infalign.training.methods.raw import RawMethod
 from infalign.training.ranked import RankedRollouts

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infalign.audit.augment import Augmentation
-from infalign.data import Prompt, PromptContent
 from infalign.errors import InputError
-from infalign.rollouts.rewards import RewardSource, Scores
+from infalign.rewards.source import RewardSource, Scores
+from infalign.rollouts.prompts import Prompt, PromptContent
 from infalign.rollouts.store import RolloutStore
 
 _ASKED = "audited_prompt"

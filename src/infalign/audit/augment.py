@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.data import Message, PromptContent
 from infalign.errors import InputError
+from infalign.rollouts.prompts import Message, PromptContent
 
 Uniforms = NDArray[np.float64]
 

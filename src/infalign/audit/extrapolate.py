@@ -21,11 +21,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from infalign import special
+from infalign._io.wording import counted
 from infalign.audit.success import attack_success, sizes, success_rates
 from infalign.errors import InputError
 from infalign.estimators import share_estimate
-from infalign.wording import counted
+from infalign.numerics import special
 
 FloatArray = NDArray[np.float64]
 

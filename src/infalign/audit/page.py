@@ -14,9 +14,9 @@ from infalign.audit.figures import reward_figure, success_figure
 from infalign.audit.results import AuditResult
 from infalign.audit.run import Judge
 from infalign.audit.words import cautions, methods_paragraph, verdict
-from infalign.data import Prompt
 from infalign.report.figures import styles
 from infalign.report.page import flat, render_page, write_page
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 
 _PROMPTS = 60

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from infalign.data import PromptContent
-from infalign.rollouts.rewards import RewardSource, Scores
+from infalign.rewards.source import RewardSource, Scores
+from infalign.rollouts.prompts import PromptContent
 from infalign.rollouts.texts import completion_text
 
 _LOOKED_AT = 200  # characters: a refusal comes first

@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign._io.files import write_json
+from infalign._io.progress import Progress, no_progress
+from infalign._io.wording import counted
 from infalign.audit.attempts import Attempts, JudgedAsAsked, plan_attempts
 from infalign.audit.augment import Augmentation
 from infalign.audit.extrapolate import extrapolate, hold_out
@@ -24,19 +27,16 @@ from infalign.audit.refusal import RefusalPhrases
 from infalign.audit.results import AtN, AuditResult, Change, ModelAudit
 from infalign.audit.success import attack_success, sizes, worst_reward
 from infalign.audit.targets import Drawing, Target
-from infalign.data import Prompt
 from infalign.errors import InputError
 from infalign.estimators import difference_estimate, holm, share_estimate
 from infalign.estimators.intervals import UNBOUNDED
 from infalign.evaluation.results import Measured
-from infalign.files import write_json
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rewards.score import score_store
+from infalign.rewards.source import RewardSource
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.rendering import moment_now
-from infalign.rollouts.rewards import RewardSource
-from infalign.rollouts.score import score_store
 from infalign.rollouts.store import RolloutStore
-from infalign.run_folder import RunFolder
-from infalign.wording import counted
+from infalign.run.folder import RunFolder
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Tells the user which stage is under way, and hands it a progress callback."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from infalign._io.wording import counted
 from infalign.errors import InputError
 from infalign.estimators import Estimate, expected_reward, share_estimate
 from infalign.procedures import WorstOfN
-from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

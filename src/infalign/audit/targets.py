@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from infalign.data import Prompt
+from infalign._io.http import Endpoint
+from infalign._io.progress import Progress
 from infalign.rollouts.asking import SAMPLER
 from infalign.rollouts.endpoint import ServedPolicy
-from infalign.rollouts.http import Endpoint
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_tokenizer
 from infalign.rollouts.opening import open_policy
 from infalign.rollouts.policy import Policy
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 
 Batches = Sequence[tuple[int, Sequence[Prompt]]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from infalign._io.wording import counted
 from infalign.audit.results import AtN, AuditResult, ModelAudit
 from infalign.evaluation.results import Measured
 from infalign.report.words import Finding, percent
-from infalign.wording import counted
 
 
 def verdict(result: AuditResult) -> list[Finding]:

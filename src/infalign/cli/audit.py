@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infalign._io.wording import json_text, visible
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.options import Json, refuse_idle
 from infalign.cli.sources import REWARD, as_message, open_named_reward, told_duplicates
 from infalign.errors import InputError
-from infalign.wording import json_text, visible
 
 if TYPE_CHECKING:
     from infalign.audit.run import Judge
@@ -83,7 +83,7 @@ def audit_command(
     """Attack models N times with every prompt; success over N, what more attempts would do, and what safety costs."""
     from infalign.audit.augment import Augmentation
     from infalign.audit.run import AuditSettings
-    from infalign.data import load_prompts
+    from infalign.rollouts.prompts import load_prompts
 
     augmentation = Augmentation.parse(augment, sigma=sigma, seed=seed)
     if benign is None:
@@ -111,8 +111,8 @@ def audit_command(
     from infalign.audit.page import worst_examples, write_audit_report
     from infalign.audit.run import audit
     from infalign.audit.words import text_table
-    from infalign.rollouts.rehearsal import rehearse
-    from infalign.run_folder import versions
+    from infalign.rewards.rehearsal import rehearse
+    from infalign.run.folder import versions
 
     silence_libraries()
     judge = _judge(reward, threshold, success)
@@ -157,8 +157,8 @@ def _judge(reward: str | None, threshold: float | None, success: str | None) -> 
 def _targets(
     models: list[str], endpoint: str | None, api_key_variable: str | None, batch_size: int | None, trust: bool
 ) -> list[Target]:
+    from infalign._io.http import Endpoint
     from infalign.audit.targets import LocalModel, ServedModel
-    from infalign.rollouts.http import Endpoint
 
     found: list[Target] = []
     for text in models:

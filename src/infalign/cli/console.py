@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infalign.wording import json_text, visible
+from infalign._io.wording import json_text, visible
 
 SECONDS_BETWEEN_LINES = 15.0
 

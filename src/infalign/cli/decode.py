@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from infalign._io.wording import counted, json_text, visible
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.sources import (
@@ -25,12 +26,11 @@ from infalign.cli.sources import (
 )
 from infalign.errors import InfalignError, InputError, RewardError
 from infalign.procedures import BestOfN, InferenceProcedure
-from infalign.wording import counted, json_text, visible
 
 if TYPE_CHECKING:
-    from infalign.data import Prompt
-    from infalign.decode.candidates import CandidateSampler
-    from infalign.decode.decoder import Decoded, Decoder
+    from infalign.rollouts.prompts import Prompt
+    from infalign.select.candidates import CandidateSampler
+    from infalign.select.decoder import Decoded, Decoder
 
 _ROWS_AT_ONCE = 512
 
@@ -141,13 +141,13 @@ def decode_command(
                          hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
-    from infalign.data import Prompt, load_prompts
-    from infalign.decode.answers import AnswerFile
-    from infalign.decode.decoder import Decoder
-    from infalign.rollouts.http import Endpoint
-    from infalign.rollouts.rehearsal import rehearse
+    from infalign._io.http import Endpoint
+    from infalign.rewards.rehearsal import rehearse
+    from infalign.rewards.score import FunctionReward, column_names
+    from infalign.rollouts.prompts import Prompt, load_prompts
     from infalign.rollouts.rendering import moment_now
-    from infalign.rollouts.score import FunctionReward, column_names
+    from infalign.select.answers import AnswerFile
+    from infalign.select.decoder import Decoder
 
     wanted = [Prompt(prompt)] if prompt is not None else []
     if prompts is not None:
@@ -189,7 +189,7 @@ def decode_command(
     if prune_every is None:
         decoder = Decoder(sampler, ranked_by, chosen, **decoding)
     else:
-        from infalign.decode.pruning import Pruning, PruningDecoder
+        from infalign.select.pruning import Pruning, PruningDecoder
 
         decoder = PruningDecoder(sampler, ranked_by, chosen, Pruning(prune_every, prune_keep), **decoding)
     made_by = {
@@ -256,8 +256,8 @@ def _local(
     model: str, blend: Blend | None, settings: dict[str, Any], weights: dict[str, Any], prompts: Sequence[Prompt]
 ) -> tuple[CandidateSampler, str]:
     """What draws from a policy of this machine, and its identity for the record."""
-    from infalign.decode.local import sampler_of
     from infalign.rollouts.rendering import require_chat_template
+    from infalign.select.local import sampler_of
 
     silence_libraries()
     policy = open_model(model, blend, weights)
@@ -284,7 +284,7 @@ def _show(
     as_json: bool,
 ) -> None:
     """What came out, for a program or for a person."""
-    from infalign.decode.answers import answer_row
+    from infalign.select.answers import answer_row
 
     known = [one.num_tokens for one in answers if one.num_tokens is not None]
     drawn = sum(len(one.candidates) for one in answers)

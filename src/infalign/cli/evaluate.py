@@ -15,9 +15,9 @@ from infalign.cli.sources import parse_procedure, told_duplicates
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
-    from infalign.data import PromptSet
-    from infalign.model_evaluation import Candidate
-    from infalign.recipe import Recipe
+    from infalign.rollouts.prompts import PromptSet
+    from infalign.run.model_evaluation import Candidate
+    from infalign.run.recipe import Recipe
 
 _FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 _PANEL = "Any models, without a recipe"
@@ -128,11 +128,11 @@ def evaluate_command(
     chosen = [parse_procedure(name) for name in procedures.split(",")] if procedures else None
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
-    from infalign.model_evaluation import Job, candidates_of_run, evaluate_models
     from infalign.report.table import text_table
-    from infalign.rollouts.rehearsal import rehearse
-    from infalign.stages.run import read_recipe
-    from infalign.stages.trust import Trust, gold_sections, policy_sections, reward_sections
+    from infalign.rewards.rehearsal import rehearse
+    from infalign.run.model_evaluation import Job, candidates_of_run, evaluate_models
+    from infalign.run.stages.run import read_recipe
+    from infalign.run.stages.trust import Trust, gold_sections, policy_sections, reward_sections
 
     silence_libraries()
     made = None if run is None else read_recipe(run)
@@ -154,7 +154,7 @@ def evaluate_command(
     if not gold and made is not None:
         gold_rewards = list(made.evaluation.gold)
     from infalign.procedures import BestOfN, Standard, WorstOfN
-    from infalign.run_rewards import open_reward
+    from infalign.run.rewards import open_reward
 
     if chosen is None:
         chosen = [BestOfN(4), WorstOfN(4), Standard()]
@@ -205,7 +205,7 @@ def _named(given: str) -> tuple[str | None, str]:
 
 
 def _candidate(given: str) -> Candidate:
-    from infalign.model_evaluation import Candidate
+    from infalign.run.model_evaluation import Candidate
 
     name, model = _named(given)
     path = Path(model)
@@ -216,7 +216,7 @@ def _candidate(given: str) -> Candidate:
 def _reward_section(given: str, *, gold: bool = False) -> Any:
     from pydantic import ValidationError
 
-    from infalign.recipe import GoldReward, Reward
+    from infalign.run.recipe import GoldReward, Reward
 
     name, source = _named(given) if gold else (None, given)
     kind = "function" if _FUNCTION.match(source) and not Path(source).exists() else "model"
@@ -237,7 +237,7 @@ def _reference(given: str | None, run: Path | None, made: Recipe | None) -> str:
 
 
 def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
-    from infalign.run_rewards import open_reward
+    from infalign.run.rewards import open_reward
 
     if given is not None:
         return open_reward(_reward_section(given))
@@ -249,8 +249,8 @@ def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
 
 
 def _prompts(given: Path | None, column: str, run: Path | None, reporter: ConsoleReporter) -> PromptSet:
-    from infalign.data import load_prompts
-    from infalign.stages.run import read_prompts
+    from infalign.rollouts.prompts import load_prompts
+    from infalign.run.stages.run import read_prompts
 
     if given is not None:
         loaded = load_prompts(given, column)

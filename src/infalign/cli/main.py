@@ -14,7 +14,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import infalign
-from infalign import processes
+from infalign._io import processes
+from infalign._io.files import HINT, disk_failure
+from infalign._io.wording import visible
 from infalign.cli.audit import audit_command
 from infalign.cli.compare import compare_command
 from infalign.cli.decode import decode_command
@@ -32,8 +34,6 @@ from infalign.cli.run import (
 from infalign.cli.serve import serve_command
 from infalign.cli.serve_reward import serve_reward_command
 from infalign.errors import InfalignError, StorageError
-from infalign.files import HINT, disk_failure
-from infalign.wording import visible
 
 STOPPED = 130
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from infalign._io.wording import visible
 from infalign.cli.options import Json
 from infalign.cli.sources import PROCEDURE, parse_procedure
 from infalign.errors import InputError
-from infalign.wording import visible
 
 if TYPE_CHECKING:
     from infalign.theory.plan import Plan

@@ -37,7 +37,7 @@ def report_command(
         if format_ == "html":
             execute(run, set_, out, only="report", as_json=json_)
             return
-        from infalign.recipe import load_recipe
+        from infalign.run.recipe import load_recipe
 
         run = out or Path("runs") / load_recipe(run, set_ or []).name
     elif set_ or out is not None:

@@ -64,9 +64,9 @@ def reshape_command(
         raise InputError("--distil-samples goes with --distil", where="reshape", hint="Give both, or leave it out")
     chosen = None if procedure is None else parse_procedure(procedure)
     silence_libraries()
-    from infalign.stages.distil import Distillation
-    from infalign.stages.reshape_run import ReshapeRequest, reshape_run
-    from infalign.stages.trust import Trust
+    from infalign.run.stages.distil import Distillation
+    from infalign.run.stages.reshape_run import ReshapeRequest, reshape_run
+    from infalign.run.stages.trust import Trust
 
     wanted = ReshapeRequest(
         method=method,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from infalign import processes
+from infalign._io import processes
 from infalign.cli.console import ConsoleReporter, print_result, silence_libraries
 from infalign.cli.options import Json, Set
 
@@ -48,15 +48,15 @@ def execute(
     as_json: bool = False,
 ) -> None:
     """Run a recipe, or one group of its stages, and print what came out."""
-    from infalign.recipe import load_recipe
+    from infalign.run.recipe import load_recipe
 
     processes.join()
     recipe = load_recipe(recipe_file, overrides or [])
     out = out or Path("runs") / recipe.name
     reporter = ConsoleReporter(quiet=not processes.is_main())
     reporter.say("Loading libraries …")
-    from infalign.pipeline import Pipeline
-    from infalign.rollouts.user_code import look_in
+    from infalign.rewards.user_code import look_in
+    from infalign.run.pipeline import Pipeline
 
     look_in(recipe_file.parent)  # a reward given as module:function may lie beside the recipe
     silence_libraries()

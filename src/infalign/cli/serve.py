@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infalign._io.wording import counted
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
 from infalign.cli.sources import Blend, open_calibration, open_model, open_named_reward, parse_procedure, served_sampler
 from infalign.errors import InputError
-from infalign.wording import counted
 
 if TYPE_CHECKING:
-    from infalign.data import Prompt
-    from infalign.decode.candidates import CandidateSampler
-    from infalign.rollouts.rewards import RewardSource
+    from infalign.rewards.source import RewardSource
+    from infalign.rollouts.prompts import Prompt
+    from infalign.select.candidates import CandidateSampler
 
 
 def serve_command(
@@ -117,9 +117,9 @@ def serve_command(
     key = options.read_key(api_key_variable)
     options.read_key(upstream_key_variable, "--upstream-key-variable")
     reporter.say("Loading libraries …")
-    from infalign.decode.decoder import Decoder
-    from infalign.serving.app import ProcedureServer, Served
-    from infalign.serving.web import check_host, listen, run_app
+    from infalign.select.decoder import Decoder
+    from infalign.select.serving.app import ProcedureServer, Served
+    from infalign.select.serving.web import check_host, listen, run_app
 
     # Before models are loaded, so that an address that cannot be had is said at once.
     listener = context.with_resource(listen(host, port))
@@ -128,7 +128,7 @@ def serve_command(
     count_prompt = None
     sampler: CandidateSampler
     if upstream is not None:
-        from infalign.rollouts.http import Endpoint
+        from infalign._io.http import Endpoint
 
         assert model_name is not None, "checked above"
         endpoint = Endpoint(upstream, upstream_key_variable, timeout=timeout, retries=1, first_wait=0.2)
@@ -188,8 +188,8 @@ def serve_command(
 
 def _local(model: str, blend: Blend | None, weights: dict[str, Any], settings: dict[str, Any]) -> tuple[Any, Any]:
     """A sampler for a model in this process, and what counts its prompts' tokens."""
-    from infalign.decode.local import sampler_of
     from infalign.rollouts.tokens import prompt_token_ids
+    from infalign.select.local import sampler_of
 
     silence_libraries()
     policy = open_model(model, blend, weights)
@@ -202,7 +202,7 @@ def _local(model: str, blend: Blend | None, weights: dict[str, Any], settings: d
 
 def _require_no_columns(source: RewardSource | None) -> None:
     """Refuse a function that needs more of a prompt's row than a request can bring."""
-    from infalign.rollouts.rewards import FunctionReward
+    from infalign.rewards.source import FunctionReward
 
     if isinstance(source, FunctionReward):
         source.require_columns(["prompt_id"])
@@ -214,9 +214,9 @@ def _unfit(source: RewardSource | None) -> dict[str, InputError]:
     Raises:
         InputError: It is fit for neither.
     """
-    from infalign.data import Prompt
-    from infalign.rollouts.rehearsal import rehearse
-    from infalign.rollouts.rewards import FunctionReward
+    from infalign.rewards.rehearsal import rehearse
+    from infalign.rewards.source import FunctionReward
+    from infalign.rollouts.prompts import Prompt
 
     if not isinstance(source, FunctionReward):
         return {}

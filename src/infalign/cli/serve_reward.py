@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from infalign._io.wording import counted
 from infalign.cli import options
 from infalign.cli.console import ConsoleReporter, silence_libraries
-from infalign.wording import counted
 
 
 def serve_reward_command(
@@ -38,10 +38,10 @@ def serve_reward_command(
     key = options.read_key(api_key_variable)
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
-    from infalign.serving.reward_app import make_reward_app
-    from infalign.serving.web import check_host, listen, require_key, run_app
-    from infalign.stages.trust import Trust
-    from infalign.trainer_reward import TrainerReward
+    from infalign.integrations.reward_app import make_reward_app
+    from infalign.integrations.trl import TrainerReward
+    from infalign.run.stages.trust import Trust
+    from infalign.select.serving.web import check_host, listen, require_key, run_app
 
     silence_libraries()
     listener = context.with_resource(listen(host, port))

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infalign._io.wording import counted
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
 from infalign.reshape.stratified import order_statistic
-from infalign.wording import counted
 
 if TYPE_CHECKING:
-    from infalign.calibration import RewardCalibrator
-    from infalign.combined_calibration import CombinedCalibrator
-    from infalign.data import Prompt, PromptSet
-    from infalign.decode.candidates import CandidateSampler
-    from infalign.rollouts.http import Endpoint
+    from infalign._io.http import Endpoint
+    from infalign.calibration.calibrator import RewardCalibrator
+    from infalign.calibration.combined import CombinedCalibrator
+    from infalign.rewards.source import RewardSource
     from infalign.rollouts.policy import Policy
-    from infalign.rollouts.rewards import RewardSource
+    from infalign.rollouts.prompts import Prompt, PromptSet
+    from infalign.select.candidates import CandidateSampler
 
 REWARD = "a reward model's folder or hub name, module:function, or http(s)://…"
 PROCEDURE = (
@@ -61,9 +61,9 @@ def open_named_reward(
     Raises:
         InputError: There is no such reward, or it cannot be asked without further columns.
     """
-    from infalign.hub import require_model
-    from infalign.rollouts.http import Endpoint
-    from infalign.rollouts.rewards import FunctionReward, HTTPReward, SequenceClassificationReward
+    from infalign._io.http import Endpoint
+    from infalign._io.hub import require_model
+    from infalign.rewards.source import FunctionReward, HTTPReward, SequenceClassificationReward
 
     if name.startswith(("http://", "https://")):
         return HTTPReward(Endpoint(name, **patience), name=name)
@@ -134,12 +134,12 @@ def served_sampler(
         concurrency: Requests under way at the same time.
         settings: Longest response, temperature and top_p.
     """
-    from infalign.decode.remote import EndpointSampler
+    from infalign.select.remote import EndpointSampler
 
     if blend is None:
         return EndpointSampler(endpoint, model, concurrency=concurrency, **settings), f"endpoint:{model}"
-    from infalign.decode.local import PolicySampler
     from infalign.rollouts.endpoint import ServedPolicy
+    from infalign.select.local import PolicySampler
 
     policy = blend.policy(*(ServedPolicy(endpoint, name, concurrency=concurrency) for name in (model, blend.aligned)))
     return PolicySampler(policy, **settings), policy.fingerprint
@@ -243,9 +243,9 @@ def open_calibration(
         StorageError: The folder holds no calibrated run.
         InputError: The run's recipe would do what it is not allowed.
     """
-    from infalign.run_folder import file_fingerprint, fingerprint
-    from infalign.stages.run import open_run
-    from infalign.stages.trust import Trust
+    from infalign.run.folder import file_fingerprint, fingerprint
+    from infalign.run.stages.run import open_run
+    from infalign.run.stages.trust import Trust
 
     trust = Trust(remote_code=trust_remote_code, pickle=allow_pickle, rewards=trust_run)
     run = open_run(run_folder, trust, rewards=reward is None)

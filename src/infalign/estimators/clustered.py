@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
+from infalign._io.wording import counted
 from infalign.errors import InputError
 from infalign.estimators import intervals
 from infalign.estimators.intervals import UNBOUNDED, Ends
-from infalign.wording import counted
 
 FloatArray = NDArray[np.float64]
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.data import PromptSet
+from infalign._io.files import write_text
+from infalign._io.inventory import read_sealed, sealed
+from infalign._io.progress import Progress
 from infalign.errors import InputError
 from infalign.evaluation.measure import measure
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
-from infalign.files import write_text
-from infalign.inventory import read_sealed, sealed
 from infalign.procedures import InferenceProcedure
 from infalign.rollouts.policy import Policy
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import PromptSet
 from infalign.rollouts.reshaped import TRIES, ReshapedPolicy
 from infalign.rollouts.store import RolloutStore
 

@@ -14,8 +14,8 @@ from infalign.errors import InputError
 from infalign.estimators.clustered import checked, mean_and_error
 from infalign.estimators.intervals import t_quantile
 from infalign.evaluation.results import Measured, MethodResult, Predictability
+from infalign.numerics.special import ndtr
 from infalign.procedures import InferenceProcedure, procedure_from_dict
-from infalign.special import ndtr
 from infalign.theory.channel import HIGHEST, LOWEST, reward_of
 from infalign.theory.plan import limit
 from infalign.transforms import Identity, RewardTransform

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from infalign._io.inventory import require_whole
 from infalign.errors import InputError, StorageError
 from infalign.evaluation.results import MethodResult, Predictability
-from infalign.inventory import require_whole
 
 FILE = "evaluation.json"
 _OLD = "Evaluate again with the same command: what was drawn and scored is kept"

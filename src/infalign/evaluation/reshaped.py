@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infalign.inventory import read_object
+from infalign._io.inventory import read_object
 from infalign.reshape import Reshaping
 from infalign.reshape.reshaping import Predicted, Predictions
 

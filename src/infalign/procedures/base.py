@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.quadrature import Array, unit_interval
+from infalign.numerics.quadrature import Array, unit_interval
 
 
 class InferenceProcedure(ABC):

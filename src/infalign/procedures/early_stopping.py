@@ -26,11 +26,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from infalign import special
+from infalign._io.wording import counted
 from infalign.errors import InputError
+from infalign.numerics import special
+from infalign.numerics.quadrature import Array, unit_interval
 from infalign.procedures.base import InferenceProcedure, whole_number
-from infalign.quadrature import Array, unit_interval
-from infalign.wording import counted
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
-from infalign import special
+from infalign._io.wording import counted
 from infalign.errors import InputError
+from infalign.numerics import special
+from infalign.numerics.quadrature import Array, unit_interval
 from infalign.procedures.base import InferenceProcedure, whole_number
 from infalign.procedures.order_statistics import OrderStatistic
-from infalign.quadrature import Array, unit_interval
-from infalign.wording import counted
 
 _DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _FOLDS = 5

@@ -5,7 +5,7 @@
     procedure: {kind: fitted, decoder: {proxy: "module:function", n: 4}}      # the best of 4 by a cheaper reward
     procedure: {kind: fitted, decoder: "module:function"}
 
-Only the description is here; `infalign.rollouts.black_box` runs it.
+Only the description is here; `infalign.select.black_box` runs it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import Array
 from infalign.procedures.base import InferenceProcedure, check_is_procedure
-from infalign.quadrature import Array
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infalign.calibration import RewardCalibrator
+from infalign._io.inventory import read_object, require_whole
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.errors import StorageError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.record import Evaluation
 from infalign.evaluation.reshaped import ReshapedRecord, read_fit
 from infalign.evaluation.results import MethodResult
-from infalign.inventory import read_object, require_whole
 from infalign.procedures import InferenceProcedure, procedure_from_dict
 from infalign.report.markdown import render_markdown
 from infalign.report.page import ReportData, write_page, write_report

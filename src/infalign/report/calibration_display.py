@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from infalign.calibration_report import CalibrationReport
+from infalign._io.wording import counted
+from infalign.calibration.report import CalibrationReport
 from infalign.errors import InputError
-from infalign.wording import counted
 
 _BLUE, _GREY = "#2f6db5", "#8a919e"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infalign._io.wording import counted
 from infalign.errors import InputError
 from infalign.evaluation.runs import ComparedRuns
 from infalign.evaluation.tied_limit import tie_notes
@@ -11,7 +12,6 @@ from infalign.report.figures import save_frontier_png
 from infalign.report.page import ReportData, write_report
 from infalign.report.table import columns, with_margin
 from infalign.report.words import points
-from infalign.wording import counted
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from infalign._io.files import write_file
 from infalign.errors import InputError
 from infalign.evaluation.frontier import Frontier, FrontierPoint, family_of
 from infalign.evaluation.results import MethodResult
-from infalign.files import write_file
 
 Figure = dict[str, Any]
 

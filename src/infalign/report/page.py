@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infalign._io.files import write_text
+from infalign._io.wording import visible
 from infalign.errors import InputError
 from infalign.evaluation.compare import compare
 from infalign.evaluation.frontier import frontier
 from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.runs import MatchedDifference
-from infalign.files import write_text
 from infalign.report import curves, figures
 from infalign.report.reshaped import cost_rows, prediction_rows, shape_figures
 from infalign.report.words import (
@@ -33,7 +34,6 @@ from infalign.report.words import (
     verdict,
     worse_rows,
 )
-from infalign.wording import visible
 
 __all__ = ["ReportData", "markdown_table", "write_report"]
 

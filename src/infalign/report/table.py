@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from infalign._io.wording import counted
 from infalign.evaluation.results import Measured, MethodResult, Predictability
 from infalign.evaluation.tied_limit import tie_notes
 from infalign.report.reshaped import reshaped_lines
 from infalign.report.words import nats, predictability_lines, unmoved
-from infalign.wording import counted
 
 
 def text_table(

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from infalign._io.files import write_file, write_text
 from infalign.errors import InputError
-from infalign.files import write_file, write_text
+from infalign.numerics.quadrature import expit
 from infalign.procedures import BestOfN, InferenceProcedure, WorstOfN
-from infalign.quadrature import expit
 from infalign.theory.optimal import optimal_transform
 from infalign.theory.plan import Option, Plan, frontier
 from infalign.theory.tilt import TiltedPolicy

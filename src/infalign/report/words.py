@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from infalign._io.wording import counted, visible
 from infalign.estimators import difference_estimate, holm
 from infalign.evaluation.compare import Comparison, compare_pairs
 from infalign.evaluation.predictability import limit_name
 from infalign.evaluation.reshaped import ReshapedRecord
 from infalign.evaluation.results import Measured, MethodResult, Predictability, ProcedureResult
 from infalign.evaluation.tied_limit import tie_notes
-from infalign.wording import counted, visible
 
 STANDARD = "Standard"
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.numerics.special import logsumexp
 from infalign.reshape.pool import Pool
-from infalign.special import logsumexp
 
 Float = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign.numerics.special import logsumexp
 from infalign.reshape.data import ReshapingData
-from infalign.special import logsumexp
 from infalign.theory.winrate import Objective
 
 Float = NDArray[np.float64]

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize as _optimize  # pyright: ignore[reportMissingTypeStubs]
 
+from infalign._io.files import write_json
 from infalign.errors import InputError
 from infalign.estimators.clustered import Estimate
-from infalign.files import write_json
-from infalign.special import logsumexp
+from infalign.numerics.special import logsumexp
 
 Float = NDArray[np.float64]
 Kind = Literal["mixture", "reshaped"]

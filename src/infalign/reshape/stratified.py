@@ -18,9 +18,9 @@ from scipy.special import gammaln  # pyright: ignore[reportMissingTypeStubs, rep
 
 from infalign.errors import InputError
 from infalign.estimators.clustered import Estimate, mean_estimate
+from infalign.numerics.quadrature import unit_interval
 from infalign.procedures import InferenceProcedure, Standard, whole_number
 from infalign.procedures.order_statistics import BestOfN, OrderStatistic, WorstOfN
-from infalign.quadrature import unit_interval
 from infalign.reshape.data import Ragged, ReshapingData, Rollouts
 from infalign.reshape.pool import Pool
 from infalign.reshape.reshaping import Reshaping

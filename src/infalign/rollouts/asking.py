@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infalign.data import Prompt
+from infalign._io.http import EndpointError, RequestRefusedError, known_keys
+from infalign._io.outside import in_short
+from infalign._io.wording import counted
 from infalign.errors import InputError
-from infalign.rollouts.http import EndpointError, RequestRefusedError, known_keys
 from infalign.rollouts.key import RolloutKey
-from infalign.rollouts.outside import in_short
 from infalign.rollouts.plain_sampling import PlainSampling
-from infalign.wording import counted
+from infalign.rollouts.prompts import Prompt
 
 SAMPLER = "openai"
 _BYTES_PER_TOKEN = 256  # more than JSON needs for a token's text, and for what some servers say about it

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from infalign.data import Prompt
+from infalign._io.wording import counted
 from infalign.errors import InputError, MismatchError
 from infalign.rollouts.decode import Continuation, DrawingStopped, decode, uniforms
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import context_length, excerpt
-from infalign.wording import counted
 
 # On a CPU, throughput is best with a few hundred rows: the cache of more does not fit the processor's own.
 ROWS_ON_CPU = 512

@@ -15,16 +15,16 @@ from typing import Any
 import pyarrow as pa
 from transformers import AutoConfig
 
-from infalign.data import Prompt
+from infalign._io.progress import Progress, no_progress
+from infalign._io.wording import counted
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.batches import ROWS_ON_CPU, Missing, draw_batch, missing_rollouts, require_fit, take_batch
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.models import load_policy, load_tokenizer
 from infalign.rollouts.moved import adapter_base
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import ROLLOUT_SCHEMA, RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
-from infalign.wording import counted
 
 
 class ClusterError(InfalignError):

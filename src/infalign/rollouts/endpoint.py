@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from infalign.data import Prompt
+from infalign._io.http import Endpoint, EndpointError
+from infalign._io.progress import Progress
+from infalign._io.threads import each_in_threads, in_threads
 from infalign.errors import InfalignError, InputError, MismatchError
 from infalign.rollouts.asking import SAMPLER, Finished, finish_prompt, prompt_logprobs
 from infalign.rollouts.batches import Missing
-from infalign.rollouts.http import Endpoint, EndpointError
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.plain_sampling import PlainSampling
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
-from infalign.rollouts.threads import each_in_threads, in_threads
 
 _ROWS_PER_SHARD = 512
 _SECONDS_PER_SHARD = 5.0

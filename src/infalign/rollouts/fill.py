@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from infalign.data import Prompt
+from infalign._io.progress import Progress, no_progress
+from infalign._io.wording import counted
 from infalign.errors import InputError
 from infalign.rollouts.policy import LocalPolicy, Policy
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import context_length, prompt_token_ids
-from infalign.wording import counted
 
 
 def compute_logprobs(

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infalign._io.hub import require_model
+from infalign._io.inventory import read_object
 from infalign.errors import InputError, MismatchError
-from infalign.hub import require_model
-from infalign.inventory import read_object
 from infalign.rollouts.moved import ADAPTER, adapter_base
 from infalign.rollouts.policy_file import read_policy_file
 

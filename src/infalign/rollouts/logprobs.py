@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from infalign.data import Prompt
+from infalign._io.progress import Progress, no_progress
 from infalign.errors import InputError
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.tokens import prompt_token_ids
 
 Float = NDArray[np.float64]

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from infalign.data import Prompt
+from infalign._io.threads import in_threads
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
 from infalign.rollouts.key import RolloutKey, combined_fingerprint
 from infalign.rollouts.logprobs import Scoring
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
-from infalign.rollouts.threads import in_threads
+from infalign.rollouts.prompts import Prompt
 
 
 class MixturePolicy(Policy):

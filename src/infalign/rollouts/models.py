@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from infalign._io.hub import require_model
+from infalign._io.wording import counted
 from infalign.errors import InputError
-from infalign.hub import require_model
 from infalign.rollouts.adapters import is_adapter, num_outputs, put_on
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
 from infalign.rollouts.moved import adapter_base
 from infalign.rollouts.policy_file import read_policy_file
-from infalign.wording import counted
 
 ADAPTER = "default"  # what the first adapter on a model is called
 

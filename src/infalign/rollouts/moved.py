@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infalign._io.inventory import read_object
 from infalign.errors import StorageError
-from infalign.inventory import read_object
 
 ADAPTER = "adapter_config.json"
 _REPAIR = "Copy this model folder again"

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from infalign.rollouts.http import Endpoint, RequestRefusedError
+from infalign._io.http import Endpoint, RequestRefusedError
 
 # The first that a server accepts is used. vLLM, SGLang and llama.cpp read the first, each skipping what it does not
 # know; `transformers serve` refuses it and reads the second.

@@ -22,16 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from infalign.data import Prompt
+from infalign._io.progress import Progress, no_progress
+from infalign._io.wording import counted
 from infalign.errors import InfalignError, InputError
 from infalign.rollouts.adapters import adapted_layers, switch
 from infalign.rollouts.batches import Missing, draw_all, missing_rollouts, require_fit, require_key
 from infalign.rollouts.key import RolloutKey, model_fingerprint, tokenizer_fingerprint
 from infalign.rollouts.logprobs import LogRatios, Scoring, flat_responses, mixture_log_ratios, sequence_logprobs
-from infalign.rollouts.progress import Progress, no_progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
-from infalign.wording import counted
 
 Float = NDArray[np.float64]
 Rows = dict[str, list[Any]]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infalign._io.files import write_json
 from infalign.errors import InputError
-from infalign.files import write_json
 from infalign.rollouts.moved import found_after_move
 
 NAME = "policy.json"

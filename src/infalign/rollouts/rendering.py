@@ -11,8 +11,8 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from infalign.data import Message
 from infalign.errors import InputError
+from infalign.rollouts.prompts import Message
 from infalign.rollouts.template_errors import explaining
 
 _CLOCK = "strftime_now"  # how a template asks for the time, in transformers

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infalign.data import Prompt
+from infalign._io.files import write_text
+from infalign._io.inventory import read_sealed, sealed
+from infalign._io.progress import Progress
 from infalign.errors import InfalignError, InputError
-from infalign.files import write_text
-from infalign.inventory import read_sealed, sealed
 from infalign.reshape.reshaping import log_mixture
 from infalign.rollouts.batches import Missing
 from infalign.rollouts.decode import uniforms
@@ -23,7 +23,7 @@ from infalign.rollouts.key import RolloutKey, combined_fingerprint
 from infalign.rollouts.logprobs import LogRatios, flat_responses
 from infalign.rollouts.mixture import MixturePolicy
 from infalign.rollouts.policy import Float, Policy, Rows, UnfinishedError
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from infalign.data import Prompt
+from infalign._io.progress import Progress
 from infalign.errors import InputError
 from infalign.rollouts.batches import require_key
 from infalign.rollouts.key import RolloutKey
 from infalign.rollouts.policy import LocalPolicy
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.store import RolloutStore
 
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from infalign._io.files import HINT, remove_unfinished, write_file
 from infalign.errors import StorageError
-from infalign.files import HINT, remove_unfinished, write_file
 
 _SHARD = re.compile(r"\d{6,}\.parquet")
 

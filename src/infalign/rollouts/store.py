@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from infalign._io.files import write_json
+from infalign._io.inventory import read_object
+from infalign._io.wording import counted
 from infalign.errors import InputError, MismatchError, StorageError
-from infalign.files import write_json
-from infalign.inventory import read_object
 from infalign.rollouts.key import RolloutKey, model_fingerprint
 from infalign.rollouts.shards import ShardLog
-from infalign.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from infalign._io.wording import visible
 from infalign.errors import InfalignError, InputError
-from infalign.wording import visible
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from infalign.data import PromptContent, message_text
+from infalign.rollouts.prompts import PromptContent, message_text
 
 Ids = Sequence[int]
 

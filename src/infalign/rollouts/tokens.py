@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from infalign.data import Prompt, PromptContent, message_text
 from infalign.errors import InputError
+from infalign.rollouts.prompts import Prompt, PromptContent, message_text
 from infalign.rollouts.rendering import rendered_ids
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots, unit_interval
 from infalign.procedures import BestOfN, InferenceProcedure
-from infalign.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots, unit_interval
 from infalign.theory.beta_for_kl import beta_for_kl
 from infalign.theory.tilt import TiltedPolicy
 from infalign.theory.winrate import Objective

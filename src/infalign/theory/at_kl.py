@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.quadrature import Antiderivative, Mesh, expit
+from infalign.numerics.quadrature import Antiderivative, Mesh, expit
 from infalign.theory.beta_for_kl import beta_for_kl, checked_kl
 from infalign.theory.envelope import Envelope, Point, envelope_of
 from infalign.theory.solver import SMALLEST_BETA, Solution, refine, solve

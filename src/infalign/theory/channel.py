@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import unit_interval
+from infalign.numerics.special import log_ndtr, ndtr, ndtri
 from infalign.procedures import InferenceProcedure, Standard
-from infalign.quadrature import unit_interval
-from infalign.special import log_ndtr, ndtr, ndtri
 from infalign.theory.channel_solver import FINEST, REACH, Grid, Policy, Solved, above, below, solve, wide_enough
 from infalign.theory.optimal import OptimalTransform, optimal_transform
 from infalign.theory.tilt import TiltedPolicy

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.special import log_ndtr, ndtr
+from infalign.numerics.special import log_ndtr, ndtr
 from infalign.theory.winrate import Objective
 
 Array = npt.NDArray[np.float64]

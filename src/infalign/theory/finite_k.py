@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from infalign import special
 from infalign.errors import InputError
+from infalign.numerics import special
+from infalign.numerics.quadrature import adapt, expit, mesh_with_knots
 from infalign.procedures import whole_number
-from infalign.quadrature import adapt, expit, mesh_with_knots
 from infalign.theory.optimal import OptimalTransform
 from infalign.theory.winrate import Objective
 from infalign.transforms import Log, RewardTransform, check_is_transform, positive_beta, rounding

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.quadrature import expit
+from infalign.numerics.quadrature import expit
 from infalign.theory.winrate import Objective
 
 Array = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import Antiderivative, Mesh, expit, logit
 from infalign.procedures import InferenceProcedure, Standard
-from infalign.quadrature import Antiderivative, Mesh, expit, logit
 from infalign.theory.search import GlobalSearch
 from infalign.theory.solver import SMALLEST_BETA, Solution, solve
 from infalign.theory.tilt import TiltedPolicy

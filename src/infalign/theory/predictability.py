@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import expit
+from infalign.numerics.special import ndtr
 from infalign.procedures import BestOfN, InferenceProcedure, Standard, WorstOfN
-from infalign.quadrature import expit
-from infalign.special import ndtr
 from infalign.theory.alternatives import beta_for_kl
 from infalign.theory.channel import ChannelPolicy, channel_tilt, check_predictability, reward_of, tilt_by
 from infalign.theory.channel_path import channel_optimum_at_kl
@@ -251,7 +251,7 @@ def usual_gain(
 
 def _log_binomial(num_ref: int, t: Array) -> Array:
     """The logarithm of P(b | u) for b = 0..K and u = expit(t), shape (K + 1, len(t))."""
-    from infalign.special import gammaln
+    from infalign.numerics.special import gammaln
 
     b = np.arange(num_ref + 1.0)[:, None]
     # log u and log(1 - u) from t, exact at both ends.

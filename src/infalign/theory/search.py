@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from infalign.numerics.quadrature import T_END, Mesh, expit
 from infalign.procedures import InferenceProcedure
-from infalign.quadrature import T_END, Mesh, expit
 from infalign.theory.solver import Solution, refine, solve
 from infalign.theory.winrate import Objective
 

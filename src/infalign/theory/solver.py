@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
-from infalign.quadrature import CUMULATIVE, ORDER, WEIGHTS, Antiderivative, Mesh, adapt, expit, mesh_with_knots
+from infalign.numerics.quadrature import CUMULATIVE, ORDER, WEIGHTS, Antiderivative, Mesh, adapt, expit, mesh_with_knots
 from infalign.theory.winrate import Objective
 
 Array = npt.NDArray[np.float64]

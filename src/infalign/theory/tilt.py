@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from infalign.numerics.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots, unit_interval
 from infalign.procedures import InferenceProcedure
-from infalign.quadrature import Antiderivative, Mesh, adapt, expit, logit, mesh_with_knots, unit_interval
 from infalign.theory.winrate import Objective
 from infalign.transforms import RewardTransform, check_is_transform, positive_beta, rounding
 

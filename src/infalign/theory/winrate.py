@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from infalign.errors import InputError
+from infalign.numerics.quadrature import adapt, mesh_with_knots
 from infalign.procedures import InferenceProcedure, Standard, WorstOfN, check_is_procedure, check_procedure
-from infalign.quadrature import adapt, mesh_with_knots
 
 Array = npt.NDArray[np.float64]
 

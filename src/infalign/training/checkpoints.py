@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
+from infalign._io.files import write_text
+from infalign._io.inventory import damaged_files, take_inventory
+from infalign._io.processes import launched, wait_for_all
 from infalign.errors import Interrupted
-from infalign.files import write_text
-from infalign.inventory import damaged_files, take_inventory
-from infalign.processes import launched, wait_for_all
 
 STATE = "infalign_state.json"
 FOLDER, FRESH = "checkpoints", "fresh"  # in the folder of a training

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from infalign.data import Prompt
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.texts import response_texts
 from infalign.rollouts.tokens import end_tokens, prompt_token_ids
 from infalign.training.objective import GRPO_OBJECTIVE, OBJECTIVE

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, TrainerCallback
 
-from infalign.data import Prompt
+from infalign._io.processes import is_main, wait_for_all
 from infalign.errors import InputError
-from infalign.processes import is_main, wait_for_all
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.logprobs import sequence_logprobs
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 from infalign.rollouts.tokens import prompt_token_ids

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from infalign.data import Prompt
 from infalign.rollouts.key import RolloutKey, tokenizer_fingerprint
 from infalign.rollouts.logprobs import log_ratios
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.sample import sample
 from infalign.rollouts.store import RolloutStore
 

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
-from infalign.data import Prompt
+from infalign._io.processes import is_main, join
+from infalign._io.progress import Progress
 from infalign.errors import InputError
-from infalign.processes import is_main, join
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.training.checkpoints import FRESH
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import Examples, OfflineLoss

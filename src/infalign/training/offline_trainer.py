@@ -14,9 +14,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.utils import selective_log_softmax
 
+from infalign._io.files import write_text
+from infalign._io.progress import Progress
 from infalign.errors import TrainingError
-from infalign.files import write_text
-from infalign.rollouts.progress import Progress
 from infalign.training.checkpoints import keep_state, read_state
 from infalign.training.fresh import FreshRollouts
 from infalign.training.losses import OfflineLoss

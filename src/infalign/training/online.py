@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import set_seed
 from trl.trainer.rloo_config import RLOOConfig
 
-from infalign.data import Prompt
+from infalign._io.processes import is_main, join
+from infalign._io.progress import Progress
 from infalign.errors import InputError
-from infalign.processes import is_main, join
-from infalign.rollouts.progress import Progress
+from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.tokens import prompt_token_ids
 from infalign.training.baseline import Baseline, BaselineTrainer
 from infalign.training.kl_control import KLController

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError
+from infalign.rollouts.prompts import Prompt
 from infalign.theory.finite_k import tilt_at_ranks
 from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.training.target import follower_of

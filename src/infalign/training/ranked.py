@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infalign._io.processes import gathered
 from infalign.procedures import InferenceProcedure
-from infalign.processes import gathered
 
 Float = NDArray[np.float64]
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
-from infalign.data import Prompt
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError, RewardError
 from infalign.procedures import InferenceProcedure
-from infalign.rollouts.rewards import RewardSource
-from infalign.rollouts.score import column_names, columns_of
+from infalign.rewards.score import column_names, columns_of
+from infalign.rewards.source import RewardSource
+from infalign.rollouts.prompts import Prompt
 from infalign.training.drop_in import calling_trainer, texts_in_context, warn_of_settings
 from infalign.training.mixture import check_weight
 from infalign.training.ranked import RankedRollouts

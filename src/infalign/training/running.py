@@ -18,11 +18,11 @@ import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from infalign.data import Prompt
+from infalign._io.files import refuse_file_links, remove, write_text
+from infalign._io.processes import is_main, wait_for_all
 from infalign.errors import InputError, TrainingError
-from infalign.files import refuse_file_links, remove, write_text
-from infalign.processes import is_main, wait_for_all
 from infalign.rollouts.models import load_policy
+from infalign.rollouts.prompts import Prompt
 from infalign.training.checkpoints import FOLDER, FRESH, KeepsLastStep, discard_damaged, last_checkpoint
 from infalign.training.landing import Landing, land
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from infalign._io.files import write_text
+from infalign._io.progress import Progress
 from infalign.errors import TrainingError
-from infalign.files import write_text
-from infalign.rollouts.progress import Progress
 from infalign.training.checkpoints import keep_state, read_state
 from infalign.training.kl_control import KLController
 from infalign.training.reward import TransformedReward

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from infalign._io.processes import launched
 from infalign.errors import InputError
-from infalign.processes import launched
 
 # Fields that the recipe sets elsewhere, and where.
 ELSEWHERE: dict[str, str] = {

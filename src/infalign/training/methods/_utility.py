@@ -10,15 +10,15 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError
 from infalign.procedures import InferenceProcedure
 from infalign.training.methods.base import Comparator
 from infalign.training.target import Float, Int, Utility
 
 if TYPE_CHECKING:
-    from infalign.rollouts.rewards import RewardSource
+    from infalign.rewards.source import RewardSource
     from infalign.training.reward import TransformedReward
 
 

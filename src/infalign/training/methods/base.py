@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from infalign.errors import InputError
 
 if TYPE_CHECKING:
-    from infalign.calibration import RewardCalibrator
-    from infalign.combined_calibration import CombinedCalibrator
+    from infalign.calibration.calibrator import RewardCalibrator
+    from infalign.calibration.combined import CombinedCalibrator
     from infalign.procedures import InferenceProcedure
-    from infalign.rollouts.rewards import RewardSource
+    from infalign.rewards.source import RewardSource
     from infalign.training.losses import OfflineLoss
     from infalign.training.reward import TransformedReward
     from infalign.transforms import RewardTransform

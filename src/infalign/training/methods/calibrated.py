@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.procedures import InferenceProcedure
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.training.losses import OfflineLoss, Regression, WeightedLikelihood
@@ -15,7 +15,7 @@ from infalign.training.self_consistent import SelfConsistentTransform
 from infalign.transforms import RewardTransform, transform_from_dict
 
 if TYPE_CHECKING:
-    from infalign.rollouts.rewards import RewardSource
+    from infalign.rewards.source import RewardSource
     from infalign.training.reward import TransformedReward
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.training.losses import Examples, OfflineLoss, squared_residual
 from infalign.training.methods._pairs import PairComparator, best_and_worst, lead

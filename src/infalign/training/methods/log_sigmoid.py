@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.training.methods._utility import UtilityComparator
 from infalign.training.methods.base import comparator, share
 from infalign.training.target import Float, Int

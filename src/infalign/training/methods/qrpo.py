@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.theory.alternatives import tilt_at_kl
 from infalign.training.losses import Examples, OfflineLoss, single_examples, squared_residual
 from infalign.training.methods.base import Comparator, comparator

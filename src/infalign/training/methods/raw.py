@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.training.methods._utility import UtilityComparator
 from infalign.training.methods.base import comparator
 from infalign.training.target import Float, Int

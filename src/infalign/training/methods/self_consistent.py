@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from infalign.calibration import RewardCalibrator
-from infalign.combined_calibration import CombinedCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
+from infalign.calibration.combined import CombinedCalibrator
 from infalign.errors import InputError
 from infalign.theory.plan import optimum_at_kl
 from infalign.training.losses import OfflineLoss, Regression

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from infalign.calibration import RewardCalibrator
+from infalign.calibration.calibrator import RewardCalibrator
 from infalign.training.methods._utility import UtilityComparator
 from infalign.training.methods.base import comparator
 from infalign.training.target import Float, Int

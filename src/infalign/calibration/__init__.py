@@ -1,0 +1,1 @@
+"""Raw rewards become calibrated ones: ranks among the reference policy's own responses."""

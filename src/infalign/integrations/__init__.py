@@ -1,0 +1,1 @@
+"""Pieces for trainers that are not ours."""

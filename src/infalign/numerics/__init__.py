@@ -1,0 +1,1 @@
+"""Numbers: integrals and special functions that the mathematics needs."""

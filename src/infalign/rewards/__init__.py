@@ -1,0 +1,1 @@
+"""Score (prompt, response) rows: classifiers, functions, servers, several of them."""
