@@ -1,7 +1,7 @@
 """Cheaper Best-of-N: tokens saved against win rate lost, predicted and measured, on the quickstart's tiny model.
 
-    infalign rollout src/infalign/recipes/quickstart.yaml --out RUN
-    infalign calibrate src/infalign/recipes/quickstart.yaml --out RUN
+    infalign rollout src/infalign/run/recipe/builtin/quickstart.yaml --out RUN
+    infalign calibrate src/infalign/run/recipe/builtin/quickstart.yaml --out RUN
     python benchmarks/decode.py RUN [--n 16] [--prompts 96] [--json]
 
 Every row decodes the same training prompts with the same draws (candidate i of a prompt is the same in all of them),

@@ -67,11 +67,22 @@ def launch(job, *arguments):
 
 
 def apart(job, one, two, name):
-    """Largest difference between the weights of two runs, as a share of how far they moved."""
+    """Largest difference between the trained weights of two runs, as a share of how far they moved.
+
+    The landing scales the whole update by a KL that it estimates from its own rollouts, of which rounding may turn one.
+    It is compared by itself (`landings`).
+    """
     start = load_file(job / "policy/model.safetensors")
-    first, second = (load_file(job / run / "policies" / name / "model/model.safetensors") for run in (one, two))
-    moved = max(np.abs(first[key] - start[key]).max() for key in start)
+    first, second = (
+        {key: (weight - start[key]) / scale for key, weight in load_file(folder / "model/model.safetensors").items()}
+        for folder, scale in ((job / run / "policies" / name, landings(job, run, name)) for run in (one, two))
+    )
+    moved = max(np.abs(update).max() for update in first.values())
     return max(np.abs(first[key] - second[key]).max() for key in start) / moved
+
+
+def landings(job, run, name):
+    return json.loads((job / run / "policies" / name / "result.json").read_text())["landing"]["scale"]
 
 
 def test_two_processes_train_as_one_does(job, monkeypatch):
@@ -93,6 +104,7 @@ def test_two_processes_train_as_one_does(job, monkeypatch):
     for name in ("kl", "beta", "calibrated_reward", "raw_reward", "win_rate", "tie_mass", "mean_length"):
         assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-3, abs=1e-5), name
     assert apart(job, "one", "two", "self-consistent") < 1e-3
+    assert landings(job, "two", "self-consistent") == pytest.approx(landings(job, "one", "self-consistent"), rel=1e-2)
     assert together["results"][0]["kl"]["estimate"] == pytest.approx(alone["results"][0]["kl"]["estimate"], rel=1e-2)
     assert not (job / "two/policies/self-consistent/checkpoints").exists()
 

@@ -251,7 +251,7 @@ def test_what_cannot_be_reshaped_is_said_with_a_hint(finished, capsys, monkeypat
 def test_a_policy_is_distilled_into_one_model(finished, capsys, monkeypatch, tmp_path):
     out, *_ = finished
     where = tmp_path / "mixture"
-    command = ("reshape", out, "--method", "identity", "--kind", "mixture", "--out", where, "--json")
+    command = ("reshape", out, "--trust-run", "--method", "identity", "--kind", "mixture", "--out", where, "--json")
     code, plain, _ = infalign(capsys, monkeypatch, *command)
     assert code == 0
     assert "distilled" not in json.loads(plain)
