@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)  ## the whole method on a tiny model, in minutes, witho
 	$(BIN)/infalign quickstart
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)  ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
