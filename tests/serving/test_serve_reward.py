@@ -127,7 +127,7 @@ def test_health_and_other_paths(served):
 
 def test_what_cannot_be_served_is_said_at_once(run_folder, tmp_path, capfd, monkeypatch):
     for arguments, message in [
-        ([str(tmp_path)], "is no run folder"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(run_folder), "--policy", "optimal"], "There are: exponential+10"),
     ]:
         code, _, err = infalign(capfd, monkeypatch, "serve-reward", *arguments, "--trust-run")

@@ -78,7 +78,7 @@ def test_a_self_consistent_transform_keeps_the_pace_of_training(run_folder, rows
     [
         (lambda run: load_transformed_reward(run, "optimal"), InputError, "There are: exponential\\+10, identity"),
         (lambda run: load_transformed_reward(run, beta=0.0), InputError, "beta must be a positive number"),
-        (lambda run: load_transformed_reward(run / "rollouts"), StorageError, "no run folder"),
+        (lambda run: load_transformed_reward(run / "rollouts"), StorageError, "not a run folder"),
         (
             lambda run: TrainerReward(run)(["feed"], ["x"]),
             InputError,

@@ -102,7 +102,7 @@ class FittedProcedure(InferenceProcedure):
             if off.any():
                 raise InputError(
                     f"a rank of {values[off][0]:.6g} does not come from {num_ref} reference rollouts: "
-                    f"it is no multiple of 1/{2 * num_ref}",
+                    f"it is not a multiple of 1/{2 * num_ref}",
                     where="from_ranks",
                     hint="Correct num_ref, or leave it out if the calibrated rewards were smoothed",
                 )

@@ -15,7 +15,7 @@ _BLUE, _GREY = "#2f6db5", "#8a919e"
 
 
 def calibration_lines(report: CalibrationReport) -> list[str]:
-    """The report in one or two lines for a terminal; what is wrong is said, what is not is not."""
+    """The report in one or two lines for a terminal; it names what is wrong and leaves out what is fine."""
     surprising = min(report.held_out_p_value, report.worst_prompt_p_value) < 0.001
     lines = [
         f"Held-out references: mean {report.held_out_mean:.4f} ± {report.held_out_standard_error:.4f} "

@@ -74,7 +74,7 @@ def sample_on_cluster(
 
     Raises:
         InputError: Ray is not installed, the model cannot be loaded, or a prompt is too long for its context.
-        MismatchError: The store was made otherwise.
+        MismatchError: The store was made with other settings.
         StorageError: The store cannot be written, or somebody else is writing to it.
         ClusterError: A worker raised an error, or the cluster is gone; what was written is kept.
     """

@@ -96,7 +96,7 @@ class RolloutKey:
             f"{name} was {there[name]!r} and is now {asked[name]!r}" for name in asked if asked[name] != there[name]
         ]
         if different:
-            raise MismatchError("these rollouts were made otherwise: " + "; ".join(different), where=where,
+            raise MismatchError("these rollouts were made with other settings: " + "; ".join(different), where=where,
                                 hint="Use another folder, or go back to what made them")  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def read_policy_file(folder: str | Path) -> PolicyFile | None:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"this is no description of a policy ({type(error).__name__}: {error})",
+            f"this is not a description of a policy ({type(error).__name__}: {error})",
             where=str(path),
             hint="It needs kind, base, aligned, and weights or reshaping",
         ) from error

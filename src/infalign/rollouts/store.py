@@ -282,7 +282,7 @@ class RolloutStore:
                              if there.get(name) != wanted["description"].get(name)]  # fmt: skip
                 if different:
                     raise MismatchError(
-                        "these rewards were made otherwise: " + "; ".join(different),
+                        "these rewards were made with other settings: " + "; ".join(different),
                         where=str(log.folder),
                         hint="Give the changed source another key",
                     )

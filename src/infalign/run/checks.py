@@ -169,7 +169,7 @@ def planned_weight(recipe: Recipe, kl: float) -> float:
         return weight
     if transform_name(recipe.transform) in map(transform_name, recipe.transforms[1:]):
         raise InputError(
-            f"the optimum for {recipe.target_procedure.label} is no mixture with the reference: training inside one "
+            f"the optimum for {recipe.target_procedure.label} is not a mixture with the reference: training inside one "
             f"gains nothing, and {transform_name(recipe.transform)} would be trained twice",
             where="training.mixture",
             hint="Leave training.mixture out, or compare_with the same transform",
@@ -226,7 +226,7 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.policy.trust_remote_code)
         except ValueError as error:
             raise InputError(
-                f"this is no causal language model ({_first_line(error)})", where=where, hint="Give one"
+                f"this is not a causal language model ({_first_line(error)})", where=where, hint="Give one"
             ) from error
     found = {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
     if recipe.training.lora is not None:

@@ -40,7 +40,7 @@ class AnswerFile:
 
     Args:
         path: The file; made when first written to.
-        made_by: What decides an answer, as JSON-able data; a file with answers made otherwise is refused.
+        made_by: What decides an answer, as JSON-able data; a file made with other settings is refused.
     """
 
     def __init__(self, path: str | Path, made_by: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class AnswerFile:
         """Hold the right to append; yields the ids of the prompts that are answered.
 
         Raises:
-            MismatchError: The file's answers were made otherwise; says what differs.
+            MismatchError: The file was made with other settings; says which.
             StorageError: Another process is writing to it, or it cannot be read or written.
         """
         lock = FileLock(str(self.path.with_name(f".{self.path.name}.lock")), timeout=0)
@@ -121,6 +121,6 @@ class AnswerFile:
         if there != now:
             different = [f"{name} was {there.get(name)!r} and is now {now.get(name)!r}"
                          for name in {**there, **now} if there.get(name) != now.get(name)]  # fmt: skip
-            raise MismatchError("these answers were made otherwise: " + "; ".join(different), where=where,
+            raise MismatchError("these answers were made with other settings: " + "; ".join(different), where=where,
                                 hint="Give another file, or go back to what made them")  # fmt: skip
         return prompt_id

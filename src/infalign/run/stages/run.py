@@ -173,7 +173,7 @@ def open_run(run_folder: str | Path, trust: Trust | None = None, *, rewards: boo
     folder = Path(run_folder)
     if not (folder / "run.json").exists():
         raise StorageError(
-            "this is no run folder" if folder.is_dir() else "there is no such folder",
+            "this is not a run folder" if folder.is_dir() else "there is no such folder",
             where=str(folder),
             hint="Give the folder that `infalign run` wrote, runs/NAME by default",
         )
