@@ -101,6 +101,7 @@ def test_a_reward(tmp_path, monkeypatch):
     function, source = examples("A reward")
     (tmp_path / "my_rewards.py").write_text(function)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     brevity = FunctionReward("my_rewards:brevity")
     assert brevity.score(["?", "?"], ["four", "seven!!"], target_length=[4, 5]).tolist() == [0.0, -2.0]
     assert names_of(source)["scores"] == pytest.approx([0.5, np.nan, 0.0], nan_ok=True)

@@ -138,7 +138,7 @@ def test_transforms_by_name(tmp_path):
 def test_the_packaged_quickstart_recipe_is_valid():
     from importlib import resources
 
-    text = (resources.files("infalign") / "recipes" / "quickstart.yaml").read_text()
+    text = (resources.files("infalign") / "run" / "recipe" / "builtin" / "quickstart.yaml").read_text()
     assert parse(text).testbed is not None
 
 

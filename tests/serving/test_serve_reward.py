@@ -95,7 +95,6 @@ def test_messages_are_known_by_the_policys_own_template_and_it_stops_when_told(c
     ("content", "message"),
     [
         ({"query": ["Say 99: x"], "prompts": ["Say 99: "]}, "not among the run's 6 training prompts: 'Say 99: '"),
-        ({"query": ["ay 2: x"], "prompts": ["Say 2: "]}, "does not begin with its prompt"),
         ({"query": ["a", "b"], "prompts": ["a"]}, "2 queries and 1 prompt"),
         ({"query": [], "prompts": []}, "query: there must be at least 1 entry"),
         ({"query": ["a"] * 5000, "prompts": ["a"] * 5000}, "query: there must be at most 4,096 entries"),
@@ -110,6 +109,13 @@ def test_requests_that_cannot_be_answered(served, content, message):
     status, _, answer = served.post("/get_reward", content)
     assert status == 400
     assert message in answer["error"]["message"]
+
+
+def test_a_query_begins_with_its_prompt(served, run_folder):
+    prompt = prompts_of(run_folder)[0]["prompt"]
+    status, _, answer = served.post("/get_reward", {"query": [prompt[1:] + "x"], "prompts": [prompt]})
+    assert status == 400
+    assert "does not begin with its prompt" in answer["error"]["message"]
 
 
 def test_it_reads_no_more_than_it_must(served):
