@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_a_function_by_its_name(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
     source = FunctionReward("my_rewards:short")
     assert source.score(["p"], ["abc"], answer=[1]).tolist() == [-3.0]
     assert source.key.startswith("my_rewards:short@")
