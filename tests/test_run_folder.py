@@ -253,3 +253,25 @@ def test_a_folder_of_another_version_is_refused(tmp_path):
     for opened in (lambda: RunFolder(tmp_path, "one"), lambda: open_run(tmp_path)):
         with pytest.raises(MismatchError, match="another version of infalign wrote this folder"):
             opened()
+
+
+@pytest.mark.parametrize(
+    "name", ["../victim.txt", "../victim/manifest.json", "/etc/hostname", "a/../../victim.txt", "."]
+)
+def test_an_inventory_cannot_name_what_lies_outside(tmp_path, name):
+    (tmp_path / "victim").mkdir()
+    for one in ("victim.txt", "victim/manifest.json", "victim/more"):
+        (tmp_path / one).write_text("precious")
+    folder = RunFolder(tmp_path / "run", "one")
+    with folder.writing():
+        folder.begin("work", {"a": 1}, ["out"])
+        (tmp_path / "run/out").write_text("x")
+        folder.finish("work", 1.0, ["out"])
+    stamp = json.loads((tmp_path / "run/stages/work.json").read_text())
+    for known in ([1, 1, "x"], 5):
+        stamp["inventory"]["files"] = {name: known}
+        (tmp_path / "run/stages/work.json").write_text(json.dumps(stamp))
+        with folder.writing():
+            folder.begin("work", {"a": 1}, ["out"])
+    assert (tmp_path / "victim.txt").read_text() == (tmp_path / "victim/manifest.json").read_text() == "precious"
+    assert (tmp_path / "victim/more").is_file()

@@ -116,7 +116,7 @@ class RewardTransform(ABC):
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise StorageError(f"cannot read the transform ({error.strerror})", where=str(path)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"not a JSON file ({error})", where=str(path)) from error
         if not isinstance(content, dict) or cast(dict[str, Any], content).get("format") != _FORMAT:
             raise InputError(

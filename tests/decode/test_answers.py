@@ -76,3 +76,16 @@ def test_refuses(tmp_path):
     nowhere = AnswerFile(tmp_path / "file" / "answers.jsonl", MADE_BY)
     with pytest.raises(StorageError, match="cannot be written"), nowhere.writing():
         pass
+
+
+@pytest.mark.parametrize("content", ['{"my": "precious data"}', "precious", "{"])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path, content):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)  # no line break at its end, as json.dump writes it
+    if content != "{":
+        with pytest.raises(StorageError), AnswerFile(path, MADE_BY).writing():
+            pass
+        assert path.read_text() == content
+    else:  # the first letter of a line of ours that was cut
+        with AnswerFile(path, MADE_BY).writing() as done:
+            assert done == set()

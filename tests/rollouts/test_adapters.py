@@ -192,5 +192,5 @@ def test_tokens_beyond_the_embeddings(folder, tmp_path):
 def test_a_policy_file_that_names_itself_or_nothing(tmp_path, base):
     content = {"kind": "mixture", "base": base, "aligned": "x", "weights": [0.5]}
     (tmp_path / "policy.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"no description of a policy .*(names no model|several models itself)"):
+    with pytest.raises(InputError, match=r"not a description of a policy .*(names no model|several models itself)"):
         open_policy(tmp_path)

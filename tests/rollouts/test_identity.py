@@ -480,3 +480,28 @@ def test_what_a_function_reads_of_its_module_counts_and_nothing_else(tmp_path, m
     before = keys(write(tmp_path / "one"))
     after = keys(write(tmp_path / "two", **change))
     assert {name for name in NAMES if before[name] != after[name]} == others
+
+
+@pytest.mark.parametrize("made", ["load()", "Judge()", "settings.load()"])
+def test_state_that_a_module_makes_by_a_call_is_state(tmp_path, made):
+    """A call without arguments may read a file: only containers count as empty."""
+    code = f"""
+import json, os, types
+class Judge:
+    def __init__(self): self.sign = float(os.environ["SIGN"])
+def load(): return {{"sign": float(os.environ["SIGN"])}}
+settings = types.SimpleNamespace(load=load)
+JUDGE = {made}
+def f(prompts, completions):
+    sign = JUDGE["sign"] if isinstance(JUDGE, dict) else JUDGE.sign
+    return [sign * len(c) for c in completions]
+"""
+    (tmp_path / "by_call.py").write_text(code)
+    told = "from infalign.rewards.source import FunctionReward; print(FunctionReward('by_call:f').key)"
+    keys = set()
+    for sign in ("1", "-1"):
+        environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        found = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, env=environment)
+        keys.add(found.stdout if found.returncode == 0 else f"refused {sign}")
+        assert found.returncode == 0 or "key=" in found.stderr, found.stderr
+    assert len(keys) == 2

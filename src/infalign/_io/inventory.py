@@ -63,6 +63,12 @@ def take_inventory(root: Path, names: Iterable[str]) -> dict[str, Any]:
     return {"files": files, "rows": {name: _rows_digest(paths) for name, paths in tables.items()}}
 
 
+def is_inventory(content: Mapping[str, Any]) -> bool:
+    """Whether `take_inventory` can have written this: names that stay in the folder, each with size, time, digest."""
+    files = content.get("files", {})
+    return isinstance(files, dict) and all(_stays_inside(name) and _is_known(known) for name, known in files.items())
+
+
 def damaged_files(root: Path, inventory: Mapping[str, Any]) -> list[str]:
     """The files of an inventory that are missing, or not what they were."""
     return [name for name, known in inventory.get("files", {}).items() if not _is_whole(root / name, *known)]
@@ -82,7 +88,8 @@ def require_whole(folder: str | Path, stages: Iterable[str]) -> None:
     for path in [path for stage in stages for path in sorted(root.glob(f"stages/{stage}.json"))]:
         try:
             stamp = read_object(path)
-            damaged = damaged_files(root, stamp["inventory"]) if stamp.get("done") else []
+            known = stamp["inventory"] if is_inventory(stamp["inventory"]) else {}
+            damaged = damaged_files(root, known) if stamp.get("done") else []
         except (StorageError, KeyError, TypeError, AttributeError):
             continue  # the stage is done again by the next run; of an earlier version nothing is known
         if damaged:
@@ -152,6 +159,24 @@ def what_falls_with(name: str) -> str:
     """What means nothing without this file: its folder for the files that say what lies beside them, else itself."""
     path = Path(name)
     return (path.parent if path.name in (MANIFEST, SOURCE) else path).as_posix()
+
+
+def _stays_inside(name: object) -> bool:
+    """Whether a name from a file is a plain path below the folder, so that nothing outside can be moved or removed."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() != "."
+
+
+def _is_known(known: object) -> bool:
+    return (
+        isinstance(known, list)
+        and len(known) == 3
+        and isinstance(known[0], int)
+        and isinstance(known[1], int)
+        and isinstance(known[2], str)
+    )
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -196,7 +196,7 @@ def _moment(out: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, str) and datetime.fromisoformat(found):
             return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     write_json(path, moment := moment_now())
     return moment

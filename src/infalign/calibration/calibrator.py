@@ -249,7 +249,7 @@ class RewardCalibrator:
             loaded._rewards = np.load(path / "rewards.npy", mmap_mode="r")
             loaded._sorted = np.load(path / "sorted.npy", mmap_mode="r")
             loaded._starts = np.load(path / "starts.npy")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, EOFError) as error:
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"no readable calibrator here ({error})", where=str(path),

@@ -205,7 +205,7 @@ class CombinedCalibrator:
         try:
             settings: dict[str, Any] = json.loads((path / "combined.json").read_text(encoding="utf-8"))
             loaded = cls(settings["weights"], settings["ties"], seed=settings["seed"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise StorageError(f"no readable calibrator here ({error})", where=str(path),
                                hint="Fit it again; in a run folder, run the recipe again")  from error  # fmt: skip
         loaded.calibrators = [RewardCalibrator.load(path / str(m)) for m in range(loaded.weights.size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,7 +147,8 @@ def evaluate_command(
     candidates = [_candidate(given) for given in model or ()]
     if run is not None and (checkpoints or not candidates):
         candidates += candidates_of_run(run, checkpoints=checkpoints)
-    gold_rewards = [_reward_section(given, gold=True) for given in gold or ()]
+    weights = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    gold_rewards = [_reward_section(given, weights, gold=True) for given in gold or ()]
     names = [one.label for one in gold_rewards]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
@@ -165,7 +167,7 @@ def evaluate_command(
         candidates=candidates,
         reference=_reference(reference, run, made),
         prompts=_prompts(prompts, column or "prompt", run, reporter)[:limit],
-        reward=_reward(reward, run, made),
+        reward=_reward(reward, run, made, weights),
         procedures=chosen,
         # Of its own for each run or model: another evaluation must not take this one's place.
         out=out or Path("runs") / f"evaluation-{candidates[0].label if run is None else Path(run).name}",
@@ -213,16 +215,20 @@ def _candidate(given: str) -> Candidate:
     return Candidate(name or own, model)
 
 
-def _reward_section(given: str, *, gold: bool = False) -> Any:
+def _reward_section(given: str, weights: Mapping[str, bool], *, gold: bool = False) -> Any:
     from pydantic import ValidationError
 
     from infalign.run.recipe import GoldReward, Reward
 
     name, source = _named(given) if gold else (None, given)
     kind = "function" if _FUNCTION.match(source) and not Path(source).exists() else "model"
+    if kind == "function":
+        weights = {}
     try:
         return (
-            GoldReward.model_validate({"name": name, kind: source}) if gold else Reward.model_validate({kind: source})
+            GoldReward.model_validate({"name": name, kind: source, **weights})
+            if gold
+            else Reward.model_validate({kind: source, **weights})
         )
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"], where=f"{'--gold' if gold else '--reward'} {given}") from error
@@ -236,11 +242,11 @@ def _reference(given: str | None, run: Path | None, made: Recipe | None) -> str:
     return made.policy.model or str(run / "models" / "reference")
 
 
-def _reward(given: str | None, run: Path | None, made: Recipe | None) -> Any:
+def _reward(given: str | None, run: Path | None, made: Recipe | None, weights: Mapping[str, bool]) -> Any:
     from infalign.run.rewards import open_reward
 
     if given is not None:
-        return open_reward(_reward_section(given))
+        return open_reward(_reward_section(given, weights))
     if run is None or made is None:
         raise InputError("there is no reward", where="evaluate", hint="Give --reward")
     if len(made.reward) > 1:

@@ -193,7 +193,7 @@ def parse_procedure(text: str, n: int | None = None, k: int | None = None) -> In
             description: Any = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise StorageError(f"cannot read the procedure ({error.strerror})", where=str(path)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"not a JSON file ({error})", where=str(path)) from error
         if isinstance(description, dict) and description.get("format") == "infalign.transform":
             raise InputError("this is a transform, not a procedure", where=str(path), hint="Use it in a recipe")

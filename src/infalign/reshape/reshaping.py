@@ -273,7 +273,7 @@ class Reshaping:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot be read: {error}", where=str(path)) from error
         return cls.from_dict(content)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from infalign.rollouts.embeddings import require_embeddings
+
 _NO_TOKEN = -1  # told to a model where no row is padded: equal to no token
 
 
@@ -76,6 +78,8 @@ def scores(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], size: int)
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     vocabulary = model.get_input_embeddings().num_embeddings
+    where = str(getattr(model, "name_or_path", "") or "reward model")
+    require_embeddings(rows, vocabulary, where, tokenizer=tokenizer)
     with torch.inference_mode():
         for batch in _batches(rows, order, size, vocabulary):
             pad = _padding(model, tokenizer, [rows[row] for row in batch], vocabulary)

@@ -409,6 +409,13 @@ def _assigned(statement: ast.stmt, name: str) -> ast.expr | None:
     return None
 
 
+# What a call without arguments makes empty; any other may read a file or the environment.
+_CONTAINERS = {
+    *("list", "dict", "set", "tuple", "frozenset", "bytearray", "Counter", "defaultdict", "OrderedDict", "deque"),
+    *("WeakKeyDictionary", "WeakValueDictionary", "WeakSet", "Lock", "RLock", "local"),
+}
+
+
 def _is_empty(value: ast.expr | None) -> bool:
     """Whether an expression makes something empty: `[]`, `{}`, `Counter()`, `defaultdict(list)`."""
     if isinstance(value, ast.List | ast.Tuple | ast.Set):
@@ -417,5 +424,5 @@ def _is_empty(value: ast.expr | None) -> bool:
         return not value.keys
     if isinstance(value, ast.Call):
         name = ast.unparse(value.func).rpartition(".")[2]
-        return not value.keywords and (not value.args or name == "defaultdict")
+        return name in _CONTAINERS and not value.keywords and (not value.args or name == "defaultdict")
     return False

@@ -48,7 +48,11 @@ def adapter_weights(folder: str | Path, *, allow_pickle: bool = False) -> dict[s
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the adapter's weights cannot be read ({error})", where=str(folder),
                          hint="Copy or save it again") from error  # fmt: skip
-    hint = "Add --allow-pickle if you trust it" if pickled.is_file() else f"An adapter folder holds {_WEIGHTS}"
+    hint = (
+        "If you trust it: --allow-pickle, or allow_pickle: true in the recipe"
+        if pickled.is_file()
+        else f"An adapter folder holds {_WEIGHTS}"
+    )
     raise InputError("there are no adapter weights in safetensors here", where=str(folder), hint=hint)
 
 

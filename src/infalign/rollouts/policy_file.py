@@ -57,7 +57,7 @@ def read_policy_file(folder: str | Path) -> PolicyFile | None:
         base, *others = (_found(path.parent, one) for one in [content["base"], *aligned])
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(
             f"this is not a description of a policy ({type(error).__name__}: {error})",
             where=str(path),

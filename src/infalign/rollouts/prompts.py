@@ -186,8 +186,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
                     raise InputError("this line is not UTF-8", where=where, hint="Convert the file to UTF-8") from error
-                except json.JSONDecodeError as error:
-                    raise InputError(f"this line is not JSON ({error.msg})", where=where,
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise InputError(f"this line is not JSON ({getattr(error, 'msg', error)})", where=where,
                                      hint="Write one JSON object per line") from error  # fmt: skip
                 if not isinstance(row, dict):
                     raise InputError("this line is not a JSON object", where=where, hint="Write one object per line")

@@ -26,6 +26,7 @@ from infalign._io.files import refuse_links_out, remove_unfinished, write_json
 from infalign._io.inventory import (
     damaged_files,
     file_digest,
+    is_inventory,
     is_leftover,
     same_content,
     take_inventory,
@@ -86,7 +87,7 @@ def read_stamp(path: Path) -> StageStamp | None:
         and isinstance(stamp.settings, dict)
         and isinstance(stamp.done, bool)
         and isinstance(stamp.inventory, dict)
-        and isinstance(stamp.inventory.get("files", {}), dict)
+        and is_inventory(stamp.inventory)
         and isinstance(stamp.again, int)
     )
     return stamp if makes_sense else None

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 from infalign.errors import MismatchError, StorageError
 from infalign.select.decoder import Decoded
 
+_BEGINNING = b'{"prompt_id"'  # of every line that `append` writes
+
 
 def answer_row(answer: Decoded) -> dict[str, Any]:
     """An answer as plain data: the prompt, the response chosen, and all candidates with the chosen one's place."""
@@ -98,6 +100,8 @@ class AnswerFile:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     if not line.endswith(b"\n"):
+                        if not _BEGINNING.startswith(line[: len(_BEGINNING)]):  # not a line of ours that was cut
+                            self._prompt_of(line, number)
                         break
                     whole += len(line)
                     if line.strip():
@@ -115,7 +119,7 @@ class AnswerFile:
         try:
             row: dict[str, Any] = json.loads(line.decode("utf-8"))
             prompt_id, there = str(row["prompt_id"]), dict(row["made_by"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise StorageError("this line is not an answer", where=where, hint="Give another file") from error
         now = self.made_by
         if there != now:

@@ -90,7 +90,7 @@ def discard_damaged(out: Path) -> list[str]:
         _remove(checkpoint)
         for name in damaged:
             parts = Path(name).parts
-            if parts[0] == FRESH and len(parts) > 1:  # it is drawn anew when its time comes
+            if parts[0] == FRESH and len(parts) > 1 and ".." not in parts:  # it is drawn anew when its time comes
                 _remove(out / FRESH / parts[1])
     return told
 

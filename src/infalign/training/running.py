@@ -249,7 +249,7 @@ def read_result(out: Path, step: Callable[..., Step], keep_checkpoints: bool) ->
         landing = None if content["landing"] is None else Landing(**content["landing"])
         steps = [step(**one) for one in content["steps"]]
         result = AlignmentResult(out / "model", float(content["beta"]), steps, landing)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     if is_main():
         _tidy(out, keep_checkpoints)  # whoever wrote it may have been killed before

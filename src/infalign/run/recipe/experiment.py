@@ -54,6 +54,10 @@ class Recipe(Section):
             raise ValueError("give exactly one of beta and kl_budget")
         if len(self.reward) > 1 and not all(reward.given for reward in self.reward):
             raise ValueError("each of several rewards needs its model, function or url")
+        url_of: dict[str | None, str] = {}
+        for reward in (*self.reward, *self.evaluation.gold):  # a server's rewards are stored under its name
+            if reward.url is not None and url_of.setdefault(reward.name, reward.url) != reward.url:
+                raise ValueError(f"two rewards with different urls are called {reward.name}; give each its own name")
         if self.testbed is None:
             for section, given in (
                 ("policy.model", self.policy.model),

@@ -202,7 +202,7 @@ def read_recipe(run_folder: Path) -> Recipe:
     path = run_folder / RECIPE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(
             f"the run's recipe cannot be read ({error})",
             where=str(path),
@@ -252,7 +252,7 @@ def moment_of(run_folder: Path) -> str | None:
                 moment = json.loads(next(lines)).get("rendered_at")
                 datetime.fromisoformat(moment)
                 return moment
-        except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+        except (OSError, ValueError, TypeError, AttributeError, StopIteration, RecursionError):
             continue  # what is wrong with the file is said by those who need its prompts
     return None
 
