@@ -54,3 +54,8 @@ def distinct(names: Sequence[str]) -> list[str]:
             number, other = number + 1, f"{name} ({number})"
         given.append(other)
     return given
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; libraries add pages."""
+    return str(error).strip().split("\n", maxsplit=1)[0]

@@ -136,9 +136,8 @@ def decode_command(
         options.refuse_idle("decode", "without --calibration", {"--trust-run": trust_run or None})
     concurrency = concurrency or 16
     blend = Blend.of(aligned, aligned_weight, aligned_count, chosen)
-    if aligned_count is not None and stop_reward is not None:
-        raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where="decode",
-                         hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
+    if blend is not None and stop_reward is not None:
+        blend.require_all_drawn("decode")
     reporter = ConsoleReporter()
     reporter.say("Loading libraries …")
     from infalign._io.http import Endpoint

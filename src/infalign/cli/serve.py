@@ -111,9 +111,8 @@ def serve_command(
         raise InputError("--block goes with --stop-reward", where="serve", hint="Leave it out")
     chosen = parse_procedure(procedure, n, k)
     blend = Blend.of(aligned, aligned_weight, aligned_count, chosen)
-    if aligned_count is not None and stop_reward is not None:
-        raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where="serve",
-                         hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
+    if blend is not None and stop_reward is not None:
+        blend.require_all_drawn("serve")
     key = options.read_key(api_key_variable)
     options.read_key(upstream_key_variable, "--upstream-key-variable")
     reporter.say("Loading libraries …")

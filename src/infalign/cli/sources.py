@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from infalign._io.wording import counted
 from infalign.errors import InputError, MismatchError, StorageError
 from infalign.procedures import InferenceProcedure, procedure_from_dict, procedure_from_name
-from infalign.reshape.stratified import order_statistic
 
 if TYPE_CHECKING:
     from infalign._io.http import Endpoint
@@ -104,12 +103,20 @@ class Blend:
                              hint="Give --aligned and --aligned-weight or --aligned-count")  # fmt: skip
         if count is None:
             return cls(aligned, weight)
+        from infalign.reshape.stratified import order_statistic  # SciPy, which --help need not wait for
+
         order_statistic(procedure)
         n = procedure.n or 1
         if count > n:
             raise InputError(f"{count} of {counted(n, 'candidate')}", where="--aligned-count",
                              hint="Give at most the procedure's n")  # fmt: skip
         return cls(aligned, counts=(n - count, count))
+
+    def require_all_drawn(self, verb: str) -> None:
+        """Refuse exact counts where drawing may stop early (`--stop-reward`)."""
+        if self.counts is not None:
+            raise InputError("exact counts are of all candidates, and --stop-reward may draw fewer", where=verb,
+                             hint="Use --aligned-weight, or leave --stop-reward out")  # fmt: skip
 
     def policy(self, base: Any, aligned: Any) -> Any:
         """The two policies as one."""

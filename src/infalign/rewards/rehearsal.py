@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from infalign._io.http import EndpointError, RequestRefusedError, known_keys
-from infalign._io.outside import in_short
+from infalign._io.http import EndpointError, RequestRefusedError
 from infalign.errors import InputError, RewardError
 from infalign.rewards.score import column_names, columns_of
-from infalign.rewards.source import FunctionReward, HTTPReward, RewardSource, check_scores
+from infalign.rewards.source import FunctionReward, HTTPReward, RewardSource, check_scores, rewards_in
 from infalign.rollouts.prompts import Prompt
 from infalign.rollouts.texts import shown
 
@@ -126,8 +125,4 @@ def _rehearse_server(source: HTTPReward, prompts: Any, completions: Any, chat: b
         raise InputError(f"it refuses two sample responses ({error.what})", where=where, hint=_STATED[chat]) from error
     except EndpointError:  # it need not run yet
         return
-    values = answer.get("rewards") if isinstance(answer, dict) else answer
-    if isinstance(values, list):  # what is not a number is shown in the message, without keys
-        known = known_keys()
-        values = [one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values]
-    check_scores(values if isinstance(values, list) else None, len(completions), 0, where)
+    check_scores(rewards_in(answer), len(completions), 0, where)

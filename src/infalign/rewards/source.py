@@ -272,19 +272,20 @@ class HTTPReward(RewardSource):
             except EndpointError as error:  # without the address, which is nobody's business where rewards are stored
                 said = f" ({error.said})" if error.said else ""
                 return Scores(np.full(count, np.nan), [error.what + said] * count)
-            values = answer.get("rewards") if isinstance(answer, dict) else answer
-            if isinstance(values, list):
-                known = known_keys()
-                values = [
-                    one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values
-                ]
-            else:
-                values = None
-            return check_scores(values, count, start, self.key, of)
+            return check_scores(rewards_in(answer), count, start, self.key, of)
 
         parts = each_in_threads(one, starts, min(self._concurrency, max(1, len(starts))))
         rewards = np.concatenate([part.rewards for part in parts]) if parts else np.empty(0)
         return Scores(rewards, [error for part in parts for error in part.errors])
+
+
+def rewards_in(answer: Any) -> list[Any] | None:
+    """The rewards in a server's answer; what is not a number will be shown in a message, and is cut clean of keys."""
+    values = answer.get("rewards") if isinstance(answer, dict) else answer
+    if not isinstance(values, list):
+        return None
+    known = known_keys()
+    return [one if one is None or isinstance(one, int | float) else in_short(one, known) for one in values]
 
 
 def import_function(name: str, kind: str = "reward function") -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from infalign._io.wording import first_line
 from infalign.errors import InputError
 from infalign.rollouts.embeddings import embedding_rows
 
@@ -114,7 +115,7 @@ def put_on(model: Any, folder: str | Path, name: str, *, allow_pickle: bool = Fa
         found: Any = set_peft_model_state_dict(model, bare, adapter_name=name)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"the adapter does not fit its base model ({_first_line(error)})",
+            f"the adapter does not fit its base model ({first_line(error)[:300]})",
             where=where,
             hint="base_model_name_or_path in adapter_config.json should name the model that it was trained on",
         ) from error
@@ -151,7 +152,3 @@ def switch(layer: Any, names: list[str], off: bool) -> None:
     layer.enable_adapters(not off)
     for name, weight in layer.named_parameters():
         weight.requires_grad_(trained[name])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0][:300]

@@ -11,6 +11,7 @@ from typing import Any
 
 from infalign._io.hub import require_model
 from infalign._io.inventory import read_object
+from infalign._io.wording import first_line
 from infalign.errors import InputError, MismatchError
 from infalign.rollouts.moved import ADAPTER, adapter_base
 from infalign.rollouts.policy_file import read_policy_file
@@ -122,7 +123,7 @@ def model_fingerprint(model: str | Path) -> str:
         commit = getattr(AutoConfig.from_pretrained(str(model)), "_commit_hash", None)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the model's config.json cannot be read ({_first_line(error)})",
+            f"the model's config.json cannot be read ({first_line(error)})",
             where=str(model),
             hint="Give a model folder or a hub name",
         ) from error
@@ -195,7 +196,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = json.dumps([rules, special, getattr(tokenizer, "chat_template", None)], sort_keys=True)
     return f"sha256:{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from infalign._io.hub import require_model
-from infalign._io.wording import counted
+from infalign._io.wording import counted, first_line
 from infalign.errors import InputError
 from infalign.rollouts.adapters import is_adapter, num_outputs, put_on
 from infalign.rollouts.embeddings import embedding_rows, require_embeddings
@@ -66,7 +66,7 @@ def load_policy(
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         mismatch = "ignore_mismatched_sizes" in str(error)
-        reason = "the weights have other shapes than config.json says" if mismatch else _first_line(error)
+        reason = "the weights have other shapes than config.json says" if mismatch else first_line(error)
         raise InputError(
             f"no causal language model can be loaded ({reason})",
             where=str(model),
@@ -110,7 +110,7 @@ def load_classifier(
         classifier, loading = loaded
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"no sequence-classification model can be loaded ({_first_line(error)})",
+            f"no sequence-classification model can be loaded ({first_line(error)})",
             where=model,
             hint="Give a folder with config.json, model.safetensors and a tokenizer",
         ) from error
@@ -156,7 +156,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"no tokenizer can be loaded ({_first_line(error)})",
+            f"no tokenizer can be loaded ({first_line(error)})",
             where=str(model),
             hint="Give a Hugging Face model folder that holds its tokenizer (tokenizer.json), or a hub name",
         ) from error
@@ -184,7 +184,3 @@ def require_all_weights(loading: Mapping[str, Any], where: str) -> None:
             where=where,
             hint="Give a model of this kind: a policy has a language-model head, a reward model a score head",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

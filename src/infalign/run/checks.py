@@ -9,7 +9,7 @@ from typing import Any
 
 from infalign._io.http import Endpoint
 from infalign._io.hub import require_model
-from infalign._io.wording import counted
+from infalign._io.wording import counted, first_line
 from infalign.errors import InputError, StorageError
 from infalign.procedures.measured import MeasuredProcedure
 from infalign.rewards.rehearsal import rehearse
@@ -226,7 +226,7 @@ def check_policy(recipe: Recipe, prompts: Sequence[Prompt]) -> dict[str, Any]:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.policy.trust_remote_code)
         except ValueError as error:
             raise InputError(
-                f"this is not a causal language model ({_first_line(error)})", where=where, hint="Give one"
+                f"this is not a causal language model ({first_line(error)})", where=where, hint="Give one"
             ) from error
     found = {"parameters": skeleton.num_parameters(), "context": context, "longest_prompt": longest}
     if recipe.training.lora is not None:
@@ -280,7 +280,7 @@ def _check_one_reward(reward: Reward, prompts: Sequence[Prompt], setting: str) -
             tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=reward.trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"no tokenizer can be loaded ({_first_line(error)})",
+                f"no tokenizer can be loaded ({first_line(error)})",
                 where=where,
                 hint="Save the tokenizer into the same folder (tokenizer.save_pretrained)",
             ) from error
@@ -303,7 +303,7 @@ def _model_config(model: str, where: str, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"no model can be read there ({_first_line(error)})",
+            f"no model can be read there ({first_line(error)})",
             where=where,
             hint="Give a Hugging Face model folder or a hub name",
         ) from error
@@ -446,7 +446,3 @@ def _rollouts_drawn_in_training(recipe: Recipe) -> int:
     elif training.solver == "mixed":  # one round for every window of steps but the first
         batches += (training.steps - 1) // training.refresh_every * len(recipe.transforms)
     return batches * training.prompts_per_step * training.num_generations
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]

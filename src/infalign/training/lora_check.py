@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from infalign._io.wording import first_line
 from infalign.errors import InputError
 from infalign.training.running import lora_config
 
@@ -38,7 +39,7 @@ def check_lora(lora: Mapping[str, Any], skeleton: Any) -> None:
     except NotImplementedError:  # of some initialisations, which need weights
         return
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        reason = first_line(error)
         raise InputError(f"PEFT does not take these settings ({reason})", where="training.lora", hint=there) from error
 
 

@@ -15,17 +15,14 @@ from infalign._io.progress import Progress
 from infalign.procedures import InferenceProcedure
 from infalign.reshape import Reshaping, predict_reshaping
 from infalign.reshape.reshaping import Predictions
-from infalign.rollouts.logprobs import flat_responses
 from infalign.rollouts.prompts import PromptSet
 from infalign.rollouts.store import RolloutStore
 from infalign.run.folder import fingerprint
-from infalign.run.stages.reshape import reshaping_data
+from infalign.run.stages.reshape import reshaping_data, stored_logprobs
 from infalign.run.stages.run import Run
 from infalign.training.losses import Likelihood
 from infalign.training.offline import align_offline
 from infalign.training.pool import RolloutPool
-
-_PROMPTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,9 @@ def _pool(run: Run, store: RolloutStore, prompts: PromptSet, count: int, progres
     """The samples with the reference's log-probabilities; ranks play no part."""
     token_ids_PG = store.lists_PK("token_ids", prompts.ids, count)
     reference = run.open(run.reference)
-    logprobs_PG = np.empty((len(prompts), count))
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        part = slice(start, start + _PROMPTS_AT_ONCE)
-        prompt_ids, responses, shape = flat_responses(reference.tokenizer, prompts[part], token_ids_PG[part])
-        logprobs_PG[part] = reference.logprobs(prompt_ids, responses).reshape(shape)
-        progress(min(start + _PROMPTS_AT_ONCE, len(prompts)), len(prompts), "log-probabilities")
+    logprobs_PG = stored_logprobs(
+        reference, store, prompts, count, lambda done: progress(done, len(prompts), "log-probabilities")
+    )
     unranked_R = np.zeros(logprobs_PG.size)
     return RolloutPool(
         tuple(prompts),

@@ -183,10 +183,10 @@ def reshaping_data(
     def told_later(done: int) -> None:
         told(len(prompts) + done)
 
-    ref_ratios = _logprobs(aligned, ref_store, prompts, num_ref, told)
-    ref_ratios -= _logprobs(reference, ref_store, prompts, num_ref, told, drew=True)
-    own_ratios = _logprobs(aligned, own_store, prompts, num_samples, told_later, drew=True)
-    own_ratios -= _logprobs(reference, own_store, prompts, num_samples, told_later)
+    ref_ratios = stored_logprobs(aligned, ref_store, prompts, num_ref, told)
+    ref_ratios -= stored_logprobs(reference, ref_store, prompts, num_ref, told, drew=True)
+    own_ratios = stored_logprobs(aligned, own_store, prompts, num_samples, told_later, drew=True)
+    own_ratios -= stored_logprobs(reference, own_store, prompts, num_samples, told_later)
     return ReshapingData.from_rewards(
         _picked(ref_ratios, ref.scored_PK),
         _picked(ref.rewards_PK, ref.scored_PK),
@@ -221,7 +221,7 @@ def _side(run: Run, store: RolloutStore, prompts: PromptSet, count: int) -> _Sid
     return _Side(rewards_PK, scored_PK, lengths_PK)
 
 
-def _logprobs(
+def stored_logprobs(
     policy: Policy,
     store: RolloutStore,
     prompts: Sequence[Prompt],
